@@ -1,0 +1,64 @@
+// From torch's stable tensors to the plain structs of problem.h: memory-safety checks live here, once.
+// What a user can get wrong is checked in Python first, with better messages.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "common/problem.h"
+
+namespace dfn {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    default: STD_TORCH_CHECK(false, "expected a floating-point tensor");
+  }
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(), " dimensions, got ", t.dim());
+  int64_t axis = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(t.size(axis) == size, name, ": expected size ", size, " in dimension ", axis, ", got ", t.size(axis));
+    ++axis;
+  }
+}
+
+// A dense tensor of this shape and dtype, ready to be indexed flat.
+inline void check_dense(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check_shape(t, name, shape);
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": unexpected dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline Rows rows_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1 || t.numel() == 0, name, ": expected a dense last dimension");
+  return Rows{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// [B, H, n, c] stored as [B, n, H, c]: what a model reshapes to [B, n, H*c] for free.
+inline Tensor empty_rows(const Tensor& like, int64_t B, int64_t H, int64_t n, int64_t c) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {B, n, H, c}), 1, 2);
+}
+
+inline int64_t grain_size(int64_t work_per_item) {
+  const int64_t item = work_per_item > 0 ? work_per_item : 1;
+  const int64_t grain = 32768 / item;  // about 10 us of work: less is not worth waking a thread
+  return grain > 1 ? grain : 1;
+}
+
+}  // namespace dfn

@@ -1,0 +1,107 @@
+"""Which implementation of an op runs: `use_backend`, `backends`, and the rule behind the default."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import _native
+
+try:
+    import triton  # noqa: F401
+
+    TRITON_MISSING = None
+except ImportError:
+    TRITON_MISSING = "triton is not installed: pip install triton (GPU builds of PyTorch bring it along)"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMES = ("native", "triton", "reference")
+
+# Per op: where it has native code, whether it has Triton kernels, and what a GPU tensor takes by default.
+_OPS: dict[str, dict] = {}
+# Process-wide, like torch's own backend switches: torch.compile guards on a global, but cannot read a ContextVar and
+# does not see changes of a threading.local.
+_override: dict[str, str | None] = {"name": None}
+
+
+def register(op: str, *, cpu: bool = True, cuda: bool = False, triton: bool = True) -> None:
+    """Says which backends `op` has besides the reference. Each op file calls it once."""
+    _OPS[op] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+
+
+def missing(op: str, backend: str, device: str) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device type here; None if it can."""
+    has = _OPS[op]
+    if backend == "reference":
+        return None
+    if backend == "native":
+        if device == "cpu":
+            return _native.CPU_MISSING if has["cpu"] else "no C++ kernel for this op"
+        if device == "cuda":
+            return _native.CUDA_MISSING if has["cuda"] else "no CUDA C++ kernel for this op"
+        return f"no native kernels for {device} tensors"
+    if not has["triton"]:
+        return "no Triton kernel for this op"
+    if TRITON_MISSING:
+        return TRITON_MISSING
+    if device == "cpu" and not INTERPRETED:
+        return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the import"
+    if device not in ("cpu", "cuda", "xpu"):  # ROCm devices are called cuda
+        return f"no Triton kernels for {device} tensors"
+    return None
+
+
+def choose(op: str, device: str) -> str:
+    """The backend that runs `op` on tensors of this device type now."""
+    name = _override["name"]
+    if name is not None:
+        reason = missing(op, name, device)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {name!r} is not available for {device} tensors: {reason}")
+        return name
+    order = ("native",) if device == "cpu" else ("native", "triton") if _OPS[op]["cuda"] else ("triton",)
+    for candidate in order:
+        if missing(op, candidate, device) is None:
+            return candidate
+    return "reference"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op in the `with` block on one backend: "native", "triton" or "reference".
+
+    An op that cannot run on it raises RuntimeError and says why. The choice is made when the op is called: a backward
+    pass runs on the backend of its forward pass, wherever it runs. The switch is process-wide, not per thread.
+
+    >>> import torch, dfn_kernels
+    >>> with dfn_kernels.use_backend("reference"):
+    ...     found = dfn_kernels.knn(torch.tensor([[0.0], [1.0], [5.0]]), 1)
+    >>> found.indices.tolist()
+    [[0], [1], [2]]
+    """
+    if name not in NAMES:
+        raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+    before = _override["name"]
+    _override["name"] = name
+    try:
+        yield
+    finally:
+        _override["name"] = before
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """For every op, device type and backend: "default", "available", or why it is not.
+
+    The devices are "cpu" and, where PyTorch has one, "cuda" (ROCm included) or "xpu".
+    """
+    devices = ["cpu"] + [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for op in _OPS:
+        table[op] = {}
+        for device in devices:
+            default = choose(op, device) if _override["name"] is None else None
+            table[op][device] = {
+                name: "default" if name == default else missing(op, name, device) or "available" for name in NAMES
+            }
+    return table

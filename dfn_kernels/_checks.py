@@ -1,0 +1,53 @@
+"""Checks of arguments that every op needs. An error names the op, the argument, what was expected and what came."""
+
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_float_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def is_index_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {value.dtype}")
+
+
+def has_shape(op: str, name: str, value: Tensor, shape: tuple, letters: str) -> None:
+    """`letters` names the sizes for the message, for instance "[B, N, D]"."""
+    if tuple(value.shape) != tuple(shape):
+        expected = "[" + ", ".join(str(size) for size in shape) + "]"
+        raise ValueError(f"{op}: {name} must have shape {letters} = {expected}, got {list(value.shape)}")
+
+
+def same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {value.device}")
+
+
+def is_integer(op: str, name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
+
+
+def is_number(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of positions and sums: float64 if any of these is float64, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32

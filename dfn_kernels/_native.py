@@ -1,0 +1,29 @@
+"""Loads the compiled operator libraries beside this file and remembers why one is missing."""
+
+from pathlib import Path
+
+import torch
+
+_HOW_TO_BUILD = "build it with `make env`, or `pip install --no-build-isolation .` from the source tree"
+
+
+def _load(name: str) -> str | None:
+    """Loads dfn_kernels/<name>.so; returns None, or why it is not there."""
+    path = Path(__file__).with_name(name + ".so")
+    if not path.exists():
+        return f"{name} is not built: {_HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{name} cannot be loaded: {error}"
+    return None
+
+
+# Why the library is missing; None where it is loaded.
+CPU_MISSING = _load("_C_cpu")
+if torch.version.cuda is None:
+    CUDA_MISSING = "this PyTorch is not built for CUDA"
+else:
+    CUDA_MISSING = _load("_C_cuda")
+if CUDA_MISSING and "not built:" in CUDA_MISSING:
+    CUDA_MISSING += " where nvcc is found (DFN_CUDA=1 insists on it)"

@@ -1,0 +1,247 @@
+"""Gaussian-weighted gather over given neighbours. Read from top to bottom: check, schema, fake, backends, autograd, public."""
+
+import torch
+from torch import Tensor
+
+from . import _backends
+from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from .reference.gaussian_gather import gaussian_gather as reference
+
+_backends.register("gaussian_gather")
+OP = "gaussian_gather"
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+def _check(positions, values, indices, sigma, influence, query_positions) -> None:
+    for name, value in (("positions", positions), ("values", values)):
+        is_float_tensor(OP, name, value)
+    is_index_tensor(OP, "indices", indices)
+    if values.ndim not in (2, 3, 4):
+        raise ValueError(f"{OP}: values must have shape [N, c], [B, N, c] or [B, H, N, c], got {list(values.shape)}")
+    *lead, N, _ = values.shape
+    letters = {0: "[", 1: "[B, ", 2: "[B, H, "}[len(lead)]
+    if positions.ndim != values.ndim:
+        raise ValueError(f"{OP}: positions must have shape {letters}N, D] like values, got {list(positions.shape)}")
+    D = positions.shape[-1]
+    has_shape(OP, "positions", positions, (*lead, N, D), letters + "N, D]")
+    if indices.ndim != values.ndim:
+        raise ValueError(f"{OP}: indices must have shape {letters}M, k] like values, got {list(indices.shape)}")
+    M, k = indices.shape[-2:]
+    has_shape(OP, "indices", indices, (*lead, M, k), letters + "M, k]")
+    if query_positions is not None:
+        is_float_tensor(OP, "query_positions", query_positions)
+        has_shape(OP, "query_positions", query_positions, (*lead, M, D), letters + "M, D]")
+    elif M != N:
+        raise ValueError(f"{OP}: indices must have one row per position, [.., N, k] with N = {N}, got {M} rows; "
+                         "pass query_positions for another set of queries")  # fmt: skip
+    if influence is not None:
+        is_float_tensor(OP, "influence", influence)
+        if tuple(influence.shape) != (*lead[:1], N):
+            has_shape(OP, "influence", influence, (*lead, N), letters + "N]")
+    same_device(OP, "values", values, positions=positions, indices=indices, influence=influence,
+                query_positions=query_positions)  # fmt: skip
+    if isinstance(sigma, Tensor):
+        is_float_tensor(OP, "sigma", sigma)
+        if sigma.ndim > 0:
+            has_shape(OP, "sigma", sigma, lead[1:] or (1,), "[H]" if len(lead) == 2 else "[] or [1]")
+        same_device(OP, "values", values, sigma=sigma)
+    else:
+        is_number(OP, "sigma", sigma)
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"{OP}: sigma must be positive and finite, got {sigma}")
+
+
+def _as_bhn(x: Tensor | None, lead: int, after: int) -> Tensor | None:
+    """Views x with the leading dims [B, H]: `lead` of them are there, `after` dims follow."""
+    if x is None:
+        return None
+    if lead == 0:
+        return x[None, None]
+    return x.unsqueeze(1) if x.ndim == 1 + after else x
+
+
+# ---- schema: everything [B, H, ...], positions, queries, sigma and influence in float32, or all in float64 ----------
+@torch.library.custom_op("dfn::gaussian_gather", mutates_args=())
+def _op(
+    positions: Tensor,  # [B, H, N, D]
+    queries: Tensor,  # [B, H, M, D]
+    values: Tensor,  # [B, H, N, c]
+    indices: Tensor,  # [B, H, M, k]
+    sigma: Tensor,  # [H]
+    influence: Tensor | None,  # [B, H, N]
+    normalize: bool,
+    backend: str,
+) -> Tensor:  # [B, H, M, c]
+    return _launcher(backend, positions).gaussian_gather(
+        *_dense(positions, queries, values, indices, sigma, influence), normalize
+    )
+
+
+@torch.library.custom_op("dfn::gaussian_gather_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,  # [B, H, M, c]
+    positions: Tensor,
+    queries: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    sigma: Tensor,
+    influence: Tensor | None,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence (or empty)
+    return _launcher(backend, positions).gaussian_gather_backward(
+        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence), normalize
+    )
+
+
+# ---- fake -----------------------------------------------------------------------------------------------------------
+def empty_rows(like: Tensor, B: int, H: int, n: int, c: int) -> Tensor:
+    """[B, H, n, c], stored as [B, n, H, c]: what a model reshapes to [B, n, H*c] without a copy."""
+    return like.new_empty(B, n, H, c).transpose(1, 2)
+
+
+@_op.register_fake
+def _(positions, queries, values, indices, sigma, influence, normalize, backend):
+    B, H, M, _ = indices.shape
+    return empty_rows(values, B, H, M, values.shape[-1])
+
+
+@_backward_op.register_fake
+def _(grad, positions, queries, values, indices, sigma, influence, normalize, backend):
+    return (
+        torch.empty_like(positions, memory_format=torch.contiguous_format),
+        torch.empty_like(queries, memory_format=torch.contiguous_format),
+        empty_rows(values, *values.shape),
+        sigma.new_empty(sigma.shape),
+        sigma.new_empty(0 if influence is None else influence.shape),
+    )
+
+
+# ---- backends: both have the same two functions ---------------------------------------------------------------------
+def _launcher(backend: str, positions: Tensor):
+    if backend == "triton":
+        from .triton import gaussian_gather
+
+        return gaussian_gather
+    return torch.ops.dfn_cpu
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
+    return (
+        positions.contiguous(),
+        queries.contiguous(),
+        _dense_rows(values),
+        indices.contiguous(),
+        sigma.contiguous(),
+        None if influence is None else influence.contiguous(),
+    )
+
+
+# ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.normalize, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    grads = _backward_op(grad, *ctx.saved_tensors, ctx.normalize, ctx.backend)
+    grad_positions, grad_queries, grad_values, grad_sigma, grad_influence = grads
+    if ctx.saved_tensors[-1] is None:
+        grad_influence = None
+    return grad_positions, grad_queries, grad_values, None, grad_sigma, grad_influence, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class GaussianGatherFunction(torch.autograd.Function):
+    """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.gaussian_gather`, in its order.
+
+    For code that composes Functions by hand; `gaussian_gather` checks, converts and calls the registered op.
+    """
+
+    forward = staticmethod(lambda *args: _op(*args))
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+def gaussian_gather(
+    positions: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    sigma: float | Tensor,
+    *,
+    influence: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Sums the values of given neighbours, weighted by a Gaussian of their distance.
+
+    ``y[i] = sum(w[j] * exp(-|q[i] - p[j]|^2 / (2 * sigma^2)) * v[j] for j in indices[i])``, where q is
+    ``query_positions``, or ``positions`` without it. With ``normalize`` the sum is divided by the sum of its weights,
+    computed relative to the nearest neighbour, so that distant ones do not underflow; where the weights sum to 0, the
+    output is 0. No [M, k, c] tensor exists, forward or backward: memory is O(M (c + k)).
+
+    Args:
+        positions: p, ``[N, D]``, ``[B, N, D]`` or, with heads, ``[B, H, N, D]``. float16, bfloat16, float32 or float64.
+        values: v, ``[.., N, c]``, leading dims as in positions. Under autocast they are cast to its dtype.
+        indices: int64 ``[.., M, k]``, as `knn` returns them. -1 is padding. Another index outside [0, N) raises
+            IndexError on the CPU and counts as padding on a GPU.
+        sigma: width of the Gaussian: a positive float, a 0-d tensor, or one per head, ``[H]``. A tensor's sign is not
+            checked.
+        influence: w, ``[B, N]`` (shared by the heads) or ``[B, H, N]``; 1 without it. May be 0 or negative.
+        query_positions: q, ``[.., M, D]``. Without it M = N and entity i is query i.
+        normalize: divide by the sum of the weights.
+
+    Returns:
+        ``[.., M, c]`` in values' dtype; sums run in float32, or float64 if positions or values are float64.
+        With heads it is stored as ``[B, M, H, c]``, so ``y.transpose(1, 2).flatten(2)`` costs nothing.
+
+    Gradients: positions, query_positions, values, influence and sigma, if a tensor. The backward pass walks a
+    transposed neighbour list in fixed order: the same bits in every run. A second derivative raises RuntimeError,
+    except on the reference backend.
+
+    Raises: ValueError (shapes, range of sigma, devices), TypeError (dtypes), IndexError.
+
+    Source: the message of a Dynamic Flow Network layer, ``y_i = sum_{j in N_k(i)} w_j g(|p_i - p_j|) W_v s_j``.
+
+    >>> import torch
+    >>> p, v = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    >>> gaussian_gather(p, v, torch.tensor([[0, 1], [1, -1]]), sigma=1.0)  # 1 + 2 exp(-1/2), 2
+    tensor([[2.2131],
+            [2.0000]])
+    """
+    _check(positions, values, indices, sigma, influence, query_positions)
+    lead = values.ndim - 2
+    device = values.device.type
+    if torch.is_autocast_enabled(device) and values.dtype != torch.float64:
+        values = values.to(torch.get_autocast_dtype(device))
+    real = compute_dtype(positions, values, query_positions)
+    out_dtype = values.dtype
+
+    values = _as_bhn(values, lead, 2)
+    B, H, N, _ = values.shape
+    positions = _as_bhn(positions.to(real), lead, 2)
+    queries = positions if query_positions is None else _as_bhn(query_positions.to(real), lead, 2)
+    indices = _as_bhn(indices, lead, 2)
+    if influence is not None:
+        influence = _as_bhn(influence.to(real), lead, 1).expand(B, H, N)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.to(real).expand(H)
+    else:
+        sigma = torch.full((H,), sigma, dtype=real, device=values.device)
+    if real == torch.float64:
+        values = values.double()
+
+    backend = _backends.choose(OP, device)
+    if backend == "reference":
+        out = reference(positions, queries, values, indices, sigma, influence, normalize)
+    else:
+        out = _op(positions, queries, values, indices, sigma, influence, normalize, backend)
+    out = out.to(out_dtype)
+    return out if lead == 2 else out[:, 0] if lead == 1 else out[0, 0]

@@ -1,0 +1,97 @@
+"""What the op tests share: where they run, and what counts as close enough (DESIGN.md, Numbers)."""
+
+import os
+
+import torch
+from torch import Tensor
+
+import dfn_kernels
+from dfn_kernels._backends import INTERPRETED, missing
+
+DEVICE = os.environ.get("DFN_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def backends(op: str) -> list[str]:
+    """The backends to test here. Interpreter runs are for Triton alone: the others have a run of their own."""
+    names = ["triton"] if INTERPRETED else ["native", "triton"]
+    return [name for name in names if missing(op, name, DEVICE) is None]
+
+
+def truncated_to_bfloat16(x: Tensor) -> Tensor:
+    return (x.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
+def assert_accurate(ours: Tensor, exact: Tensor, error_of_plain: float, what: str = "result") -> None:
+    """`ours` may be at most twice as far from the float64 result as plain PyTorch in the same dtype is."""
+    assert ours.shape == exact.shape, f"{what}: {list(ours.shape)} instead of {list(exact.shape)}"
+    norm = exact.double().norm()
+    if INTERPRETED and ours.dtype == torch.bfloat16:  # Triton's interpreter truncates where the hardware rounds
+        error_of_plain = distance(truncated_to_bfloat16(exact), exact)
+    error, allowed = distance(ours, exact), 2 * error_of_plain
+    assert error <= allowed, f"{what}: error {error / norm:.2e}, allowed {allowed / norm:.2e} (relative)"
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact.double()).norm().item()
+
+
+def leaves(inputs: dict) -> dict:
+    """Copies whose gradients can be asked for. What is not a float tensor stays."""
+    return {
+        name: x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def value_and_grads(op, inputs: dict, grad: Tensor, backend: str) -> dict[str, Tensor]:
+    """Runs op(**inputs) on a backend and returns its output and the gradient to each float tensor in `inputs`."""
+    inputs = leaves(inputs)
+    with dfn_kernels.use_backend(backend):
+        out = op(**inputs)
+    out.backward(grad.to(out.dtype))
+    grads = {f"gradient of {name}": x.grad for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    return {"output": out.detach(), **grads}
+
+
+def nudged(inputs: dict, unit: float) -> dict:
+    """Every float tensor multiplied by 1 +- unit at random: inputs that rounding cannot tell from the given ones."""
+    return {
+        name: x * (1 + unit * (torch.randint(0, 2, x.shape, device=x.device) * 2 - 1).to(x.dtype))
+        if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }  # fmt: skip
+
+
+def check_against_reference(op, inputs: dict, backend: str) -> None:
+    """Output and all gradients of `backend`, held against the reference in float64.
+
+    The yardstick is the error of plain PyTorch in the same dtype. In float32 and float64 that can happen to be nearly
+    zero, so what the exact result moves by when every input moves by two units in the last place counts as well, if
+    it is larger: an algorithm that is stable in the usual sense stays within that.
+    """
+    with dfn_kernels.use_backend("reference"):
+        shape = op(**inputs)
+    grad = torch.randn(shape.shape, device=shape.device).to(shape.dtype)  # representable in the dtype under test
+    real = torch.float64 if shape.dtype == torch.float64 else torch.float32
+    doubles = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
+    unit = 2 * torch.finfo(real).eps
+    exact = value_and_grads(op, doubles, grad, "reference")
+    plain = value_and_grads(op, inputs, grad, "reference")
+    others = [value_and_grads(op, nudged(doubles, unit), grad.double() * (1 + unit), "reference") for _ in range(6)]
+    ours = value_and_grads(op, inputs, grad, backend)
+    for what in ours:
+        assert ours[what] is not None, f"{what} is missing"
+        assert ours[what].dtype == plain[what].dtype, f"{what}: {ours[what].dtype} instead of {plain[what].dtype}"
+        yardstick = max(distance(x[what], exact[what]) for x in (plain, *others))
+        assert_accurate(ours[what], exact[what], yardstick, what)
+    assert any(x.abs().sum() > 0 for name, x in exact.items() if name != "output"), "the test's gradients are all zero"
+
+
+def bits(x: Tensor) -> Tensor:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(kind)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
