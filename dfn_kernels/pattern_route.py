@@ -1,0 +1,245 @@
+"""A weight matrix mixed per token from P patterns. Top to bottom: check, schema, fake, backends, autograd, public."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _backends
+from ._checks import FLOATS, has_shape, is_float_tensor, is_integer, is_number, same_device
+from .reference.pattern_route import pattern_route as reference
+from .route_density import route_with_density
+
+OP = "pattern_route"
+_backends.register(OP, triton=False)
+
+
+# ---- check: shared with low_rank_route and the quantised patterns ---------------------------------------------------
+def check_tokens(op: str, x, weights, bias, P: int, O: int, I: int) -> None:
+    """The arguments that every routing op has, against the sizes of its patterns."""
+    is_float_tensor(op, "x", x)
+    is_float_tensor(op, "weights", weights)
+    if x.ndim == 0 or x.shape[-1] != I:
+        raise ValueError(f"{op}: x must have shape [..., I] with I = {I}, got {list(x.shape)}")
+    if weights.ndim == 0 or weights.shape[-1] != P:
+        raise ValueError(f"{op}: weights must have shape [..., P] with P = {P}, got {list(weights.shape)}")
+    lead, own = x.shape[:-1], weights.shape[:-1]
+    tail = lead[len(lead) - len(own) :]
+    if len(own) > len(lead) or any(mine != 1 and mine != size for mine, size in zip(own, tail, strict=True)):
+        raise ValueError(f"{op}: weights must have leading dimensions that broadcast to {list(lead)}, those of x, "
+                         f"got {list(weights.shape)}")  # fmt: skip
+    if bias is not None:
+        is_float_tensor(op, "bias", bias)
+        has_shape(op, "bias", bias, (O,), "[O]")
+    same_device(op, "x", x, weights=weights, bias=bias)
+
+
+def _check(x, weights, patterns, bias, top_k, density, out_dtype, return_share) -> None:
+    is_float_tensor(OP, "patterns", patterns)
+    if patterns.ndim != 3:
+        raise ValueError(f"{OP}: patterns must have shape [P, O, I], got {list(patterns.shape)}")
+    P, O, I = patterns.shape
+    check_tokens(OP, x, weights, bias, P, O, I)
+    same_device(OP, "x", x, patterns=patterns)
+    if x.dtype != patterns.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{OP}: patterns must have the dtype of x, {x.dtype}, got {patterns.dtype}")
+    if top_k is not None:
+        is_integer(OP, "top_k", top_k, 1, P)
+    if density is not None:
+        is_number(OP, "density", density)
+        if not 0 < density <= 1:
+            raise ValueError(f"{OP}: density must be above 0 and at most 1, got {density}")
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise TypeError(f"{OP}: out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
+    if not isinstance(return_share, bool):
+        raise TypeError(f"{OP}: return_share must be True or False, got {type(return_share).__name__}")
+
+
+# ---- schema: weights and bias in float64 with float64 x, else float32 -----------------------------------------------
+@torch.library.custom_op("dfn::pattern_route", mutates_args=())
+def _op(
+    x: Tensor,  # [T, I]
+    weights: Tensor,  # [T, P]
+    patterns: Tensor,  # [P, O, I], in the dtype of x
+    bias: Tensor | None,  # [O]
+    chosen: Tensor | None,  # [T, k] int64, no duplicates in a row: weights are 0 elsewhere. None: all patterns
+    wide: bool,  # the output in the dtype of weights, not rounded to that of x
+    backend: str,
+) -> Tensor:  # [T, O]
+    return _launcher(backend).pattern_route(
+        _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(bias), _dense(chosen), wide
+    )
+
+
+@torch.library.custom_op("dfn::pattern_route_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,  # [T, O], in the dtype of x, or that of weights if the output was wide
+    x: Tensor,
+    weights: Tensor,
+    patterns: Tensor,
+    chosen: Tensor | None,
+    need_tokens: bool,  # wanted: the gradients of x and weights, which come from the same product
+    need_patterns: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # for x, weights, patterns, bias; empty where not wanted
+    return _launcher(backend).pattern_route_backward(
+        _dense_rows(grad), _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(chosen),
+        need_tokens, need_patterns, need_bias,
+    )  # fmt: skip
+
+
+# ---- fake -----------------------------------------------------------------------------------------------------------
+@_op.register_fake
+def _(x, weights, patterns, bias, chosen, wide, backend):
+    return x.new_empty(x.shape[0], patterns.shape[1], dtype=weights.dtype if wide else x.dtype)
+
+
+@_backward_op.register_fake
+def _(grad, x, weights, patterns, chosen, need_tokens, need_patterns, need_bias, backend):
+    return (
+        x.new_empty(x.shape if need_tokens else 0),
+        weights.new_empty(weights.shape if need_tokens else 0),
+        patterns.new_empty(patterns.shape if need_patterns else 0),
+        weights.new_empty(patterns.shape[1] if need_bias else 0),
+    )
+
+
+# ---- backends: all have the same two functions ----------------------------------------------------------------------
+def _launcher(backend: str):
+    if backend == "triton":
+        from .triton import pattern_route
+
+        return pattern_route
+    return torch.ops.dfn_cpu
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+# ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+def _setup_context(ctx, inputs, output) -> None:
+    x, weights, patterns, bias, chosen, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weights, patterns, chosen)
+
+
+def _backward(ctx, grad):
+    need_x, need_weights, need_patterns, need_bias = ctx.needs_input_grad[:4]
+    grads = _backward_op(grad, *ctx.saved_tensors, need_x or need_weights, need_patterns, need_bias, ctx.backend)
+    wanted = (need_x, need_weights, need_patterns, need_bias)
+    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class PatternRouteFunction(torch.autograd.Function):
+    """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.pattern_route`, in its order.
+
+    For code that composes Functions by hand; `pattern_route` checks, converts and calls the registered op.
+    """
+
+    forward = staticmethod(lambda *args: _op(*args))
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+def per_token(x: Tensor, weights: Tensor, real: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x as [T, I] and the broadcast weights as [T, P], in `real`."""
+    T, I = math.prod(x.shape[:-1]), x.shape[-1]
+    P = weights.shape[-1]
+    return x.reshape(T, I), weights.to(real).expand(*x.shape[:-1], P).reshape(T, P)
+
+
+def largest(weights: Tensor, k: int) -> Tensor:
+    """[T, P] -> [T, k]: the places of the k largest weights, ascending; among equals the lower place wins."""
+    order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
+    return torch.sort(order[:, :k], dim=-1).values
+
+
+def pattern_route(
+    x: Tensor,
+    weights: Tensor,
+    patterns: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    density: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_share: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multiplies each token by its own mixture of P weight matrices, without ever building that matrix.
+
+    ``y[t] = sum(w[t, p] * P[p] for p in range(P)) @ x[t] + bias``. A soft mixture of linear layers, as in FlowNetwork,
+    CondConv, dynamic convolution or a soft mixture of experts. Nothing of size [T, O, I], [T, P, O] or [T, P * I]
+    exists, forward or backward; the time is that of a matrix product [T, P * I] x [P * I, O]. In half precision the
+    weights multiply float32 sums and are never rounded into x.
+
+    Args:
+        x: ``[..., I]``, float16, bfloat16, float32 or float64. Under autocast, x and patterns are cast to its dtype.
+        weights: w, ``[..., P]``: any float dtype and any values, zero and negative ones too; need not sum to 1. Leading
+            dimensions broadcast to those of x, so ``[B, 1, P]`` gives each sequence its own mixture.
+        patterns: ``[P, O, I]``, in the dtype of x.
+        bias: ``[O]``, any float dtype, added in float32 (float64 for float64 x).
+        top_k: use only the k largest weights of each token, ties to the lower pattern, without renormalising. The
+            others get no gradient.
+        density: keep only about this share, in (0, 1], of each token's mixed connections ``F[t]``, those of the largest
+            magnitude; the choice counts as constant in the backward pass. Exact per token, and slower than the dense
+            product: see `route_density`; `BlockDensity` is the fast way to sparse patterns.
+        out_dtype: dtype of the result, that of x without it. float32 for half-precision inputs skips the last rounding.
+        return_share: also return the share of the connections that were active, a 0-d float32 tensor.
+
+    Returns:
+        ``[..., O]``, or ``(y, share)``.
+
+    Gradients: x, weights, patterns, bias; sums run in float32 (float64 for float64) in a fixed order. A second
+    derivative raises RuntimeError, except on the reference backend.
+
+    Raises: ValueError (shapes, ranges, devices), TypeError (dtypes).
+
+    Source: the layer of FlowNetwork, ``F_t = sum_p w_tp P_p``, ``y_t = F_t x_t``.
+
+    >>> import torch
+    >>> patterns = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])  # identity, swap
+    >>> pattern_route(torch.tensor([[3.0, 5.0]]), torch.tensor([[0.75, 0.25]]), patterns)
+    tensor([[3.5000, 4.5000]])
+    """
+    _check(x, weights, patterns, bias, top_k, density, out_dtype, return_share)
+    device = x.device.type
+    P, O, _ = patterns.shape
+    lead = x.shape[:-1]
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, patterns.dtype):
+        x, patterns = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, patterns))
+    elif x.dtype != patterns.dtype:
+        x, patterns = x.double(), patterns.double()
+    out_dtype = out_dtype or x.dtype
+    wide = out_dtype != x.dtype
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, weights = per_token(x, weights, real)
+    bias = None if bias is None else bias.to(real)
+
+    chosen = None
+    share = 1.0
+    if top_k is not None and top_k < P:
+        chosen = largest(weights.detach(), top_k)
+        weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
+        share = top_k / P
+    if density is not None and density < 1:
+        y, share = route_with_density(x, weights, patterns, bias, density, wide)
+    else:
+        backend = _backends.choose(OP, device)
+        if backend == "reference":
+            with torch.autocast(device, enabled=False):
+                y = reference(x, weights, patterns, bias)
+        else:
+            y = _op(x, weights, patterns, bias, chosen, wide, backend)
+    y = y.to(out_dtype).reshape(*lead, O)
+    if not return_share:
+        return y
+    return y, share if isinstance(share, Tensor) else torch.full((), share, dtype=torch.float32, device=y.device)
