@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import NO_SPILLS
+
 
 @triton.jit
 def _exponent(P, Q, j, m, valid, scale, D):
@@ -269,7 +271,7 @@ def gaussian_gather(
         out,
         H, N, M, D, c, k, *_row_strides(values), *_row_strides(out),
         HAS_INFLUENCE=influence is not None, NORMALIZE=normalize,
-        BM=tile["rows"], BC=tile["channels"], num_warps=4,
+        BM=tile["rows"], BC=tile["channels"], num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     return out
 
@@ -310,13 +312,13 @@ def gaussian_gather_backward(
         values, indices, grad,
         edge_slope,
         H, N, M, c, k, *_row_strides(values), *_row_strides(grad),
-        BM=rows, BC=channels, num_warps=4,
+        BM=rows, BC=channels, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     backward_edges_kernel[(B * H * triton.cdiv(M, 128),)](
         positions, queries, indices, sigma, influence if has_influence else positions,
         edge_weight, edge_slope, edge_influence, grad_queries, sigma_rows,
         H, N, M, D, k,
-        HAS_INFLUENCE=has_influence, NORMALIZE=normalize, BM=128, num_warps=4,
+        HAS_INFLUENCE=has_influence, NORMALIZE=normalize, BM=128, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     starts, edges = transpose_neighbors(indices, N)
     if c > 0:
@@ -324,12 +326,12 @@ def gaussian_gather_backward(
             grad, starts, edges, edge_weight,
             grad_values,
             H, N, M, c, k, *_row_strides(grad), *_row_strides(grad_values),
-            BN=rows, BC=channels, num_warps=4,
+            BN=rows, BC=channels, num_warps=4, **NO_SPILLS,
         )  # fmt: skip
     backward_positions_kernel[(B * H * triton.cdiv(N, 128),)](
         positions, queries, sigma, starts, edges, edge_slope, edge_influence,
         grad_positions, grad_influence,
         H, N, M, D, k,
-        HAS_INFLUENCE=has_influence, BN=128, num_warps=4,
+        HAS_INFLUENCE=has_influence, BN=128, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     return grad_positions, grad_queries, grad_values, sigma_rows.sum((0, 2)), grad_influence

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dfn_kernels.triton import NO_SPILLS
+
 # Shared memory that one program may take, in bytes (CUDA C++ programming guide, AMD CDNA3 ISA).
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TARGETS = tuple(SHARED_LIMIT)
@@ -25,7 +27,7 @@ class Case:
     types: dict[str, str]  # argument name -> "*fp32", "i32", ...; whatever is not named here or below is an i32
     constants: dict[str, object]  # tl.constexpr arguments
     num_warps: int = 4
-    options: dict = field(default_factory=dict)  # further compiler options, such as enable_fp_fusion
+    options: dict = field(default_factory=lambda: dict(NO_SPILLS))  # what else the launcher passes to the compiler
 
     def __str__(self):
         used = [self.types[name].strip("*") for name in self.kernel.arg_names if name in self.types]
@@ -53,7 +55,10 @@ def compile_case(case: Case, target: str) -> Resources:
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attrs)
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    built = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, **case.options})
+    options = {"num_warps": case.num_warps, **case.options}
+    if target.startswith("gfx"):
+        options.pop("maxnreg", None)
+    built = triton.compile(source, target=gpu, options=options)
     return (_amd if target.startswith("gfx") else _nvidia)(built)
 
 
