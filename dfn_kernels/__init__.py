@@ -1,6 +1,7 @@
 """Fused, exact kernels for PyTorch: what Dynamic Flow Networks and FlowNetwork are made of."""
 
 from ._backends import backends, use_backend
+from .field_sample import field_sample
 from .flow_drift import Drift, FlowDriftFunction, flow_drift
 from .flow_norm import FlowNormFunction, flow_norm
 from .gaussian_gather import GaussianGatherFunction, gaussian_gather
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianGatherFunction",
     "PatternRouteFunction",
     "backends",
+    "field_sample",
     "flow_drift",
     "flow_norm",
     "gaussian_gather",
