@@ -37,12 +37,12 @@ def missing(op: str, backend: str, device: str) -> str | None:
         return None
     if backend == "native":
         if device == "cpu":
-            return _native.CPU_MISSING if has["cpu"] else "no C++ kernel for this op"
+            return _native.CPU_MISSING if has["cpu"] else "composed of PyTorch ops, no kernel of ours"
         if device == "cuda":
-            return _native.CUDA_MISSING if has["cuda"] else "no CUDA C++ kernel for this op"
+            return _native.CUDA_MISSING if has["cuda"] else "no CUDA C++ kernels for this op, Triton ones at most"
         return f"no native kernels for {device} tensors"
     if not has["triton"]:
-        return "no Triton kernel for this op"
+        return "composed of PyTorch ops, no kernel of ours"
     if TRITON_MISSING:
         return TRITON_MISSING
     if device == "cpu" and not INTERPRETED:

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from . import _backends
 from ._checks import is_float_tensor, same_device
 from .pattern_route import check_tokens, per_token
 
 OP = "low_rank_route"
+_backends.register(OP, cpu=False, triton=False)
 
 
 def low_rank_route(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, bias: Tensor | None = None) -> Tensor:

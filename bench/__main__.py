@@ -1,0 +1,48 @@
+"""python -m bench: measures every case, prints the table, writes JSON and Markdown.
+
+    python -m bench                          all cases, results to bench/results
+    python -m bench --only knn --seconds 3   one op, longer
+    python -m bench compare OLD.json NEW.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import report
+from .cases import CASES, quick_cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        parser = argparse.ArgumentParser(prog="python -m bench compare")
+        parser.add_argument("before", type=Path)
+        parser.add_argument("after", type=Path)
+        given = parser.parse_args(argv[1:])
+        print(report.compare(given.before, given.after))
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out, by name")
+    parser.add_argument("--quick", action="store_true", help="one case an op")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each measurement")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    given = parser.parse_args(argv)
+    cases = [case for case in (quick_cases() if given.quick else CASES) if given.only in case.name]
+    if not cases:
+        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in CASES)}")
+    rows = report.measure_all(
+        cases, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds, skip=tuple(given.skip)
+    )
+    print(report.plain(rows))
+    print(f"written to {report.write(rows, given.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

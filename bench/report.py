@@ -1,0 +1,111 @@
+"""What is shown of the measurements: a table for the terminal and Markdown, JSON with what produced it."""
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .cases import Case, quick_cases
+from .measure import Row, run_case
+
+COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "error", "note")
+
+
+def measure_all(cases: Iterable[Case], **options) -> list[Row]:
+    rows: list[Row] = []
+    with tqdm(list(cases), desc="bench", unit="case") as bar:
+        for case in bar:
+            bar.set_postfix_str(case.name)
+            rows += run_case(case, **options)
+    return rows
+
+
+def _speedup(row: Row, rows: list[Row]) -> str:
+    """Time of the fastest peer over this row's, both from the same run of the same case."""
+    ours = ("native", "triton", "reference")
+    peers = [r.ms for r in rows if (r.case, r.mode, r.dtype) == (row.case, row.mode, row.dtype) and r.who not in ours and r.ms]
+    return f"{min(peers) / row.ms:.2f}x" if row.ms and row.who in ours and peers else ""
+
+
+def table(rows: list[Row]) -> list[tuple[str, ...]]:
+    def number(x, form):
+        return "" if x is None else format(x, form)
+
+    return [
+        (
+            row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row, rows), number(row.mib, ".1f"),
+            number(row.error, ".1e"), row.note,
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def plain(rows: list[Row]) -> str:
+    cells = [COLUMNS, *table(rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on."""
+    cpu = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as file:
+            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = str(torch.version.cuda)
+    return facts
+
+
+def write(rows: list[Row], folder: Path) -> Path:
+    """results as <date>-<machine>.json and .md in `folder`; returns the JSON's path."""
+    facts = machine()
+    kind = "".join(ch if ch.isalnum() else "-" for ch in facts.get("gpu", facts["cpu"])).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{facts['date']}-{kind}-{facts['threads']}threads.json"
+    path.write_text(json.dumps({"machine": facts, "rows": [row.asdict() for row in rows]}, indent=1) + "\n")
+    title = ", ".join(f"{name} {value}" for name, value in facts.items())
+    note = "Median of repeated runs in milliseconds; MiB is the growth of peak memory; error is relative to float64.\n"
+    path.with_suffix(".md").write_text(f"# Benchmark\n\n{title}\n\n{note}\n{markdown(rows)}")
+    return path
+
+
+def compare(before: Path, after: Path) -> str:
+    """Time of `after` over `before` for every row that both have, slower ones first."""
+    def times(path: Path) -> dict[tuple, float]:
+        rows = json.loads(path.read_text())["rows"]
+        return {(r["case"], r["who"], r["mode"], r["dtype"]): r["ms"] for r in rows if r["ms"]}
+
+    old, new = times(before), times(after)
+    both = sorted((key for key in old if key in new), key=lambda key: -new[key] / old[key])
+    return "\n".join(f"{new[key] / old[key]:6.2f}x  {old[key]:10.2f} -> {new[key]:10.2f} ms  {' '.join(key)}" for key in both)
+
+
+def quick_table(seconds: float = 0.2) -> str:
+    """One small case an op as Markdown: for the demo."""
+    return markdown(measure_all(quick_cases(), seconds=seconds))

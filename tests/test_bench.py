@@ -1,0 +1,52 @@
+"""Every benchmark case at its small size: all contenders run and agree; the instruments themselves measure."""
+
+import json
+
+import pytest
+import torch
+from helpers import INTERPRETED
+
+from bench import report
+from bench.__main__ import main
+from bench.cases import CASES, Case
+from bench.measure import peak_growth_mib, run_case
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter is no contender")
+SMALL = {case.op + str(case.small): case for case in CASES}.values()  # cases that differ in size only, once
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.op)
+def test_case(case):
+    rows = run_case(case, small=True, seconds=0, skip=("embedding_bag, compiled weights",))
+    assert {row.who for row in rows} >= set(case.peers) - {"embedding_bag, compiled weights"}
+    for row in rows:
+        assert row.ms is not None and row.ms > 0, f"{row.who}, {row.mode}: {row.note}"
+        assert row.note in ("", "not the same work")
+
+
+def test_wrong_result_gets_no_time():
+    case = next(case for case in CASES if case.op == "pattern_route")
+    wrong = Case(**{**vars(case), "peers": {"off by 1 %": lambda **inputs: 1.01 * case.ours(**inputs)}})
+    rows = [row for row in run_case(wrong, small=True, seconds=0) if row.who == "off by 1 %"]
+    assert [(row.ms, row.note) for row in rows] == [(None, "wrong result")]
+
+
+def test_peak_memory():
+    grown = peak_growth_mib(lambda: torch.ones(32 * 2**20 // 4), "cpu")
+    if grown is None:
+        pytest.skip("this system does not let a process reset its peak")
+    assert 30 < grown < 40
+
+
+def test_command(tmp_path, capsys):
+    assert main(["--quick", "--only", "flow_norm", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    assert "flow_norm" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    written = json.loads(path.read_text())
+    assert written["machine"]["torch"] == torch.__version__ and written["rows"][0]["ms"] > 0
+    assert "| flow_norm" in path.with_suffix(".md").read_text()
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "1.00x" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--only", "no such case"])
+    assert report.markdown([]).startswith("| case")
