@@ -1,0 +1,266 @@
+"""FlowNetwork: layers whose weight matrix is mixed per token from P shared patterns. The mixed matrix never exists."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfn_kernels import low_rank_route, pattern_route
+
+__all__ = [
+    "AdaptiveFlowRouter",
+    "FlowLayer",
+    "FlowMetrics",
+    "FlowNetwork",
+    "PRESETS",
+    "benchmark_flow_network",
+    "create_dummy_data",
+    "train_flow_network",
+]
+
+PRESETS = {
+    "edge": dict(vocab_size=5000, d_model=256, num_layers=3, num_patterns=4),
+    "base": dict(vocab_size=10000, d_model=512, num_layers=6, num_patterns=8),
+    "large": dict(vocab_size=50000, d_model=768, num_layers=8, num_patterns=16),
+    "compact": dict(vocab_size=10000, d_model=512, num_layers=6, num_patterns=8, rank=12, tie_output=True),
+}
+
+
+@dataclass(frozen=True)
+class FlowMetrics:
+    """How a router mixes, as tensors: nothing here waits for a GPU until `summary` is called.
+
+    entropy: mean over tokens of the entropy of their weights, in bits: low where each token is sure of its pattern.
+    usage: ``[P]``, the mean weight of each pattern.
+    active: share of the connections that were active (1 without sparsity).
+    gate: mean of the layer's gate, where there is one.
+    """
+
+    entropy: Tensor
+    usage: Tensor
+    active: Tensor
+    gate: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Tensor, active: Tensor | None = None) -> "FlowMetrics":
+        """From weights ``[.., P]`` that sum to 1. No gradients flow through metrics."""
+        w = weights.detach().float().flatten(0, -2)
+        entropy = -(w * w.clamp_min(1e-30).log2()).sum(-1).mean()
+        return cls(entropy, w.mean(0), torch.ones_like(entropy) if active is None else active)
+
+    @property
+    def usage_entropy(self) -> Tensor:
+        """Entropy of the mean weights, in bits: log2(P) where all patterns are used alike, 0 where one serves all."""
+        return -(self.usage * self.usage.clamp_min(1e-30).log2()).sum()
+
+    def summary(self) -> dict[str, float]:
+        """Plain numbers, for printing; waits for the device."""
+        numbers = {
+            "entropy": self.entropy.item(),
+            "usage_entropy": self.usage_entropy.item(),
+            "max_entropy": math.log2(len(self.usage)),
+            "active": self.active.item(),
+        }
+        return numbers if self.gate is None else {**numbers, "gate": self.gate.item()}
+
+
+class NetworkMetrics(list):
+    """The metrics of a network's layers, in order: input, flow layers, output. `summary` averages them."""
+
+    def summary(self) -> dict[str, float]:
+        rows = [layer.summary() for layer in self]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: sum(r[name] for r in rows if name in r) / sum(name in r for r in rows) for name in names}
+
+    @property
+    def pattern_entropy(self) -> Tensor:
+        """Mean over the layers of `FlowMetrics.entropy`, 0-d."""
+        return torch.stack([layer.entropy for layer in self]).mean()
+
+
+class AdaptiveFlowRouter(nn.Module):
+    """P patterns and a selector: ``w = softmax(Linear(x))``, ``F = sum_p w_p P_p``, ``y = F x``.
+
+    Args:
+        input_dim, output_dim: I and O.
+        num_patterns: P.
+        rank: patterns of this rank, ``P_p = up_p down_p`` with ``up [P, O, r]`` and ``down [P, r, I]``; full without it.
+        top_k, density: sparsity as in `dfn_kernels.pattern_route` (full-rank patterns only).
+
+    `forward(x)` returns the mixed matrices ``[.., O, I]`` and metrics, as published, for looking at; `route(x)` returns
+    ``y [.., O]`` and metrics without building them.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
+                 top_k: int | None = None, density: float | None = None):  # fmt: skip
+        super().__init__()
+        if rank is not None and (top_k is not None or density is not None):
+            raise ValueError("AdaptiveFlowRouter: top_k and density need full-rank patterns, got rank as well")
+        self.input_dim, self.output_dim, self.num_patterns = input_dim, output_dim, num_patterns
+        self.rank, self.top_k, self.density = rank, top_k, density
+        self.pattern_selector = nn.Linear(input_dim, num_patterns)
+        if rank is None:
+            self.patterns = nn.Parameter(torch.empty(num_patterns, output_dim, input_dim))
+        else:
+            self.up = nn.Parameter(torch.empty(num_patterns, output_dim, rank))
+            self.down = nn.Parameter(torch.empty(num_patterns, rank, input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Patterns so that the mixture at the start, of P nearly equal weights, keeps the variance of x."""
+        spread = math.sqrt(self.num_patterns / self.input_dim)
+        if self.rank is None:
+            nn.init.normal_(self.patterns, std=spread)
+        else:
+            nn.init.normal_(self.down, std=1 / math.sqrt(self.input_dim))
+            nn.init.normal_(self.up, std=math.sqrt(self.num_patterns / self.rank))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """``[.., I] -> [.., P]``, in float32 under autocast."""
+        return self.pattern_selector(x).float().softmax(-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
+        w = self.weights(x)
+        patterns = self.patterns if self.rank is None else self.up @ self.down
+        return torch.einsum("...p,poi->...oi", w.to(patterns.dtype), patterns), FlowMetrics.of(w)
+
+    def route(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, FlowMetrics]:
+        w = self.weights(x)
+        if self.rank is not None:
+            return low_rank_route(x, w, self.up, self.down, bias), FlowMetrics.of(w)
+        sparse = dict(top_k=self.top_k, density=self.density, return_share=True)
+        y, active = pattern_route(x, w, self.patterns, bias, **sparse)
+        return y, FlowMetrics.of(w, active)
+
+    def extra_repr(self) -> str:
+        options = {"rank": self.rank, "top_k": self.top_k, "density": self.density}
+        given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+        return f"{self.input_dim}, {self.output_dim}, num_patterns={self.num_patterns}{given}"
+
+
+class FlowLayer(nn.Module):
+    """``y = LayerNorm(F(x) x + b)``, F mixed per token by an `AdaptiveFlowRouter`. ``(x [.., I]) -> (y [.., O], metrics)``."""
+
+    def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
+                 top_k: int | None = None, density: float | None = None):  # fmt: skip
+        super().__init__()
+        self.router = AdaptiveFlowRouter(input_dim, output_dim, num_patterns, rank=rank, top_k=top_k, density=density)
+        self.bias = nn.Parameter(torch.zeros(output_dim))
+        self.norm = nn.LayerNorm(output_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
+        y, metrics = self.router.route(x, self.bias)
+        return self.norm(y), metrics
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """``[length, dim]`` fixed position codes: sines in the even places, cosines in the odd ones."""
+    place = torch.arange(length).unsqueeze(1)
+    rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+    return torch.stack([(place * rate).sin(), (place * rate).cos()], -1).flatten(1)[:, :dim]
+
+
+class FlowNetwork(nn.Module):
+    """A language model of flow layers: ``(ids int64 [B, N]) -> (logits [B, N, V], NetworkMetrics)``.
+
+    ``h_0 = FlowLayer([embedding(id), position code])``: both halves, 2 d_model, mixed into d_model.
+    ``h_{l+1} = g_l h'_l + (1 - g_l) h_l`` with ``h'_l = FlowLayer_l(h_l)`` and the global flow gate
+    ``g = sigmoid(W_g h_0 + b_g)``, ``[B, N, num_layers]``: one map of the first state decides for every token how much
+    it takes of each layer.
+    ``logits = FlowLayer_out(h_L)``, d_model to V; with ``tie_output`` ``FlowLayer_out(h_L) E^T`` instead, d_model to
+    d_model and then the transposed embedding.
+
+    As published, every layer acts on one token at a time. Nothing carries information from one position to another, so
+    the model predicts from the current token and its place alone: a bigram model, however deep. ``mixer="flow_attention"``
+    puts a causal `FlowMixer` before each flow layer, ``h_l += FlowMixer_l(LayerNorm(h_l))``, and makes it a language
+    model in the usual sense.
+
+    Args:
+        vocab_size: V.
+        d_model, num_layers, num_patterns: sizes. 10000, 512, 6, 8 is the published full-rank network, 62.9M parameters.
+        max_seq_len: the longest N.
+        rank, top_k, density: of the patterns, see `AdaptiveFlowRouter`.
+        tie_output: see above.
+        mixer: "none" or "flow_attention".
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int = 512, num_layers: int = 6, num_patterns: int = 8, *,
+        max_seq_len: int = 1024, rank: int | None = None, tie_output: bool = False, top_k: int | None = None,
+        density: float | None = None, mixer: str = "none",
+    ):  # fmt: skip
+        super().__init__()
+        if mixer not in ("none", "flow_attention"):
+            raise ValueError(f"FlowNetwork: mixer must be 'none' or 'flow_attention', got {mixer!r}")
+        if d_model % 2:
+            raise ValueError(f"FlowNetwork: d_model must be even, got {d_model}")
+        sparse = dict(rank=rank, top_k=top_k, density=density)
+        self.tie_output, self.max_seq_len = tie_output, max_seq_len
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_output else 1.0)
+        self.register_buffer("positions", sinusoids(max_seq_len, d_model), persistent=False)
+        self.input_layer = FlowLayer(2 * d_model, d_model, num_patterns, **sparse)
+        self.gate = nn.Linear(d_model, num_layers)
+        self.layers = nn.ModuleList(FlowLayer(d_model, d_model, num_patterns, **sparse) for _ in range(num_layers))
+        self.output_layer = FlowLayer(d_model, d_model if tie_output else vocab_size, num_patterns, **sparse)
+        self.mixers = nn.ModuleList()
+        if mixer == "flow_attention":
+            from .layers import FlowMixer
+
+            blocks = (nn.Sequential(nn.LayerNorm(d_model), FlowMixer(d_model, causal=True)) for _ in range(num_layers))
+            self.mixers.extend(blocks)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes) -> "FlowNetwork":
+        """"edge", "base", "large" or "compact" (low-rank patterns, tied output: 6.0M parameters, 22.9 MB)."""
+        if name not in PRESETS:
+            raise ValueError(f"FlowNetwork: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"FlowNetwork: ids must be int64, got {ids.dtype}")
+        if ids.ndim != 2 or ids.shape[1] > self.max_seq_len:
+            raise ValueError(f"FlowNetwork: ids must have shape [B, N] with N at most {self.max_seq_len}, got {list(ids.shape)}")
+        tokens = self.embedding(ids)
+        if self.tie_output:  # a table fit for the output has small rows
+            tokens = tokens * self.embedding.embedding_dim**0.5
+        places = self.positions[: ids.shape[1]].to(tokens.dtype).expand_as(tokens)
+        h, first = self.input_layer(torch.cat([tokens, places], -1))
+        metrics = NetworkMetrics([first])
+        gates = self.gate(h).sigmoid()
+        for number, layer in enumerate(self.layers):
+            if self.mixers:
+                h = h + self.mixers[number](h)
+            update, seen = layer(h)
+            gate = gates[..., number : number + 1]
+            h = gate * update + (1 - gate) * h
+            metrics.append(FlowMetrics(seen.entropy, seen.usage, seen.active, gate.detach().float().mean()))
+        logits, last = self.output_layer(h)
+        metrics.append(last)
+        if self.tie_output:
+            logits = logits @ self.embedding.weight.T.to(logits.dtype)
+        return logits, metrics
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def size_mb(self) -> float:
+        """Parameters in MB of 2^20 bytes."""
+        return sum(p.numel() * p.element_size() for p in self.parameters()) / 2**20
+
+    def parameter_reduction(self) -> dict[str, float]:
+        """Parameters here against those of a network that generates each token's full matrices by a linear map.
+
+        Such a generator takes x to all O * I entries of F: I * (O * I) + O * I parameters a layer, in place of the router's.
+        """
+        routers = [m for m in self.modules() if isinstance(m, AdaptiveFlowRouter)]
+        own = sum(p.numel() for r in routers for p in r.parameters())
+        rest = self.num_parameters() - own
+        generated = rest + sum(r.output_dim * r.input_dim * (r.input_dim + 1) for r in routers)
+        here = self.num_parameters()
+        return {"parameters": here, "generated": generated, "reduction": 1 - here / generated}
+
+
+from .flow_training import benchmark_flow_network, create_dummy_data, train_flow_network  # noqa: E402

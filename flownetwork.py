@@ -1,0 +1,3 @@
+"""The published import line runs as it stands: `from flownetwork import FlowNetwork`."""
+
+from dfn.flownetwork import *  # noqa: F403
