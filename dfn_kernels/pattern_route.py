@@ -11,7 +11,7 @@ from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
 
 OP = "pattern_route"
-_backends.register(OP, triton=False)
+_backends.register(OP)
 
 
 # ---- check: shared with low_rank_route and the quantised patterns ---------------------------------------------------

@@ -23,7 +23,7 @@ def make(T=23, P=5, O=37, I=29, *, dtype=torch.float32, bias=True, lead=None, we
         "patterns": torch.randn(P, O, I, device=DEVICE).div(max(I, 1) ** 0.5).to(dtype),
     }
     if bias:
-        inputs["bias"] = torch.randn(O, dtype=real, device=DEVICE)
+        inputs["bias"] = torch.randn(O, device=DEVICE).to(dtype).to(real)
     return inputs
 
 
@@ -49,7 +49,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES[:9] if INTERPRETED else SIZES, ids=str)
 def test_sizes(backend, sizes):
     for dtype in (torch.float32, torch.bfloat16):
         check(pattern_route, make(**sizes, dtype=dtype), backend)
@@ -66,7 +66,7 @@ def test_many_tokens(backend):
 def test_gradcheck(backend):
     inputs = make(T=5, P=3, O=4, I=7, dtype=torch.float64)
     tensors = [x.requires_grad_() for x in inputs.values()]
-    for top_k in (None, 2):
+    for top_k in (2,) if INTERPRETED else (None, 2):
         with dfn_kernels.use_backend(backend):
             assert torch.autograd.gradcheck(lambda *args: pattern_route(*args, top_k=top_k), tensors, nondet_tol=0.0)  # noqa: B023
 
