@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env demo test check bench lint clean
+.PHONY: env demo test check sanitize wheel bench lint clean
 
 env: $(VENV)/.built
 
@@ -26,9 +26,33 @@ test: env
 	$(BIN)/python -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k "triton"
 
-check: test
+check: test sanitize wheel
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton"
+
+# The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests. torch itself is not instrumented.
+sanitize: env
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDFN_SANITIZE=address,undefined \
+	  -DDFN_OUTPUT_DIR=$(CURDIR)/build/sanitize/lib -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DDFN_TORCH_DIR=$$($(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")
+	cmake --build build/sanitize --target _C_cpu
+	DFN_LIBRARY_DIR=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -m "not slow" -k "native and not compile" \
+	  tests/test_flow_drift.py tests/test_flow_norm.py tests/test_knn.py tests/test_gaussian_gather.py \
+	  tests/test_flow_attention.py tests/test_pattern_route.py
+
+# A wheel, installed without any compiler into a fresh environment, passes the op tests there.
+wheel: env
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	ls -l dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 numpy pytest setuptools dist/*.whl
+	cp -r tests build/wheel/tests
+	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -p no:cacheprovider \
+	  -c tests/../tests/conftest.py --rootdir tests -q -k "native and not compile" \
+	  tests/test_gaussian_gather.py tests/test_flow_drift.py tests/test_flow_norm.py
 
 bench: env
 	$(BIN)/python -m bench

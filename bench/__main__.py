@@ -1,8 +1,8 @@
 """python -m bench: measures every case, prints the table, writes JSON and Markdown.
 
-    python -m bench                          all cases, results to bench/results
-    python -m bench --only knn --seconds 3   one op, longer
-    python -m bench compare OLD.json NEW.json
+python -m bench                          all cases, results to bench/results
+python -m bench --only knn --seconds 3   one op, longer
+python -m bench compare OLD.json NEW.json
 """
 
 import argparse

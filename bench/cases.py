@@ -1,4 +1,4 @@
-"""The cases, named once: inputs, our op, the best that one can compose or install instead, and how to tell right from wrong.
+"""The cases, named once: inputs, our op, the best that one can compose or install instead, how to tell right from wrong.
 
 Tests take their inputs from here too (tests/test_bench.py runs every case at its small size).
 """
@@ -284,7 +284,8 @@ CASES = [
     _route_case(1024, 8, 512, 512),
     _route_case(8192, 8, 512, 512),
     Case("low_rank_route", dict(T=8192, P=8, I=512, O=512, r=32), make_low_rank, our_low_rank,
-         {"two einsums": composed_low_rank}, grads=("x", "weights", "up", "down"), small=dict(T=67, P=5, I=23, O=31, r=3)),
+         {"two einsums": composed_low_rank}, grads=("x", "weights", "up", "down"),
+         small=dict(T=67, P=5, I=23, O=31, r=3)),
     Case("field_sample", dict(B=4, G=65_536, n=16_384), make_density, our_sample, {"multinomial": multinomial},
          small=dict(B=2, G=301, n=67), other_work=("multinomial", "reference")),
 ]  # fmt: skip

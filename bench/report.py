@@ -28,7 +28,11 @@ def measure_all(cases: Iterable[Case], **options) -> list[Row]:
 def _speedup(row: Row, rows: list[Row]) -> str:
     """Time of the fastest peer over this row's, both from the same run of the same case."""
     ours = ("native", "triton", "reference")
-    peers = [r.ms for r in rows if (r.case, r.mode, r.dtype) == (row.case, row.mode, row.dtype) and r.who not in ours and r.ms]
+    peers = [
+        r.ms
+        for r in rows
+        if (r.case, r.mode, r.dtype) == (row.case, row.mode, row.dtype) and r.who not in ours and r.ms
+    ]
     return f"{min(peers) / row.ms:.2f}x" if row.ms and row.who in ours and peers else ""
 
 
@@ -97,13 +101,16 @@ def write(rows: list[Row], folder: Path) -> Path:
 
 def compare(before: Path, after: Path) -> str:
     """Time of `after` over `before` for every row that both have, slower ones first."""
+
     def times(path: Path) -> dict[tuple, float]:
         rows = json.loads(path.read_text())["rows"]
         return {(r["case"], r["who"], r["mode"], r["dtype"]): r["ms"] for r in rows if r["ms"]}
 
     old, new = times(before), times(after)
     both = sorted((key for key in old if key in new), key=lambda key: -new[key] / old[key])
-    return "\n".join(f"{new[key] / old[key]:6.2f}x  {old[key]:10.2f} -> {new[key]:10.2f} ms  {' '.join(key)}" for key in both)
+    return "\n".join(
+        f"{new[key] / old[key]:6.2f}x  {old[key]:10.2f} -> {new[key]:10.2f} ms  {' '.join(key)}" for key in both
+    )
 
 
 def quick_table(seconds: float = 0.2) -> str:

@@ -18,7 +18,9 @@ def test_speed(benchmark, case, who, mode):
     benchmark.group = f"{case.name} {mode}"
     op = contenders(case, DEVICE)[who]
     inputs = case.make(**case.sizes, device=DEVICE, dtype=torch.float32)
-    run = (lambda: op(**inputs)) if mode == "forward" else training_step(case, op, inputs, torch.randn_like(op(**inputs)))
+    run = (
+        (lambda: op(**inputs)) if mode == "forward" else training_step(case, op, inputs, torch.randn_like(op(**inputs)))
+    )
 
     def finished():
         run()

@@ -1,5 +1,6 @@
 """FlowNetwork's published helpers: dummy data, a training loop, and the page's table measured."""
 
+import math
 import statistics
 import time
 
@@ -16,7 +17,9 @@ PAGE = {
 }  # fmt: skip
 
 
-def create_dummy_data(vocab_size: int, seq_len: int, batch_size: int, num_batches: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def create_dummy_data(
+    vocab_size: int, seq_len: int, batch_size: int, num_batches: int, *, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     """num_batches pairs ``(ids, targets)``, int64 ``[batch_size, seq_len]``; targets are the ids one step ahead.
 
     The ids are uniformly random: no model can learn more of them than that. Good for timing, not for learning.
@@ -60,7 +63,9 @@ def train_flow_network(
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
                 if not loss.isfinite():
-                    raise ValueError(f"train_flow_network: the loss is {loss.item()} in epoch {epoch + 1}, batch {batch + 1}")
+                    raise ValueError(
+                        f"train_flow_network: the loss is {loss.item()} in epoch {epoch + 1}, batch {batch + 1}"
+                    )
                 optimizer.step()
                 losses.append(loss.item())
                 entropies.append(metrics.pattern_entropy)
@@ -79,7 +84,9 @@ class _Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.places = nn.Embedding(max_seq_len, d_model)
-        layer = nn.TransformerEncoderLayer(d_model, max(1, d_model // 64), 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            d_model, max(1, d_model // 64), 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, None]:
@@ -100,7 +107,15 @@ def _seconds(run, budget: float = 1.0) -> float:
     return statistics.median(times)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, dtype: torch.dtype | None) -> None:
+def _forward_seconds(model: nn.Module, vocab_size: int, length: int) -> float:
+    ((ids, _),) = create_dummy_data(vocab_size, length, 1, 1)
+    with torch.inference_mode():
+        return _seconds(lambda: model(ids), 0.3)
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, dtype: torch.dtype | None
+) -> None:
     with torch.autocast(ids.device.type, dtype, enabled=dtype is not None):
         logits, _ = model(ids)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -119,10 +134,10 @@ def _speed(model: nn.Module, ids: Tensor, targets: Tensor, dtype: torch.dtype | 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     step = _seconds(lambda: _step(model, optimizer, ids, targets, dtype))
-    peak = peak_growth_mib(lambda: _step(model, optimizer, ids, targets, dtype), ids.device.type)
+    grown = peak_growth_mib(lambda: _step(model, optimizer, ids, targets, dtype), ids.device.type)
     return {
         "inference ms": forward * 1e3, "inference tokens/s": ids.numel() / forward,
-        "training tokens/s": ids.numel() / step, "step's growth of memory MB": peak if peak is not None else float("nan"),
+        "training tokens/s": ids.numel() / step, "step's growth of memory MB": math.nan if grown is None else grown,
         "parameters": sum(p.numel() for p in model.parameters()),
         "size MB": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
     }  # fmt: skip
@@ -151,11 +166,14 @@ def benchmark_flow_network(
     """
     import io
 
-    from .flownetwork import FlowNetwork
+    from .flownetwork import PRESETS, FlowNetwork
 
-    arguments = dict(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+    arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers}
     longest = max(seq_len, *lengths)
-    build = (lambda: FlowNetwork.from_preset(preset, max_seq_len=longest)) if preset else (lambda: FlowNetwork(**arguments, max_seq_len=longest))
+
+    def build() -> FlowNetwork:
+        return FlowNetwork(**{**(PRESETS[preset] if preset else arguments), "max_seq_len": longest})
+
     torch.manual_seed(0)
     model = build()
     vocab_size, d_model = model.embedding.weight.shape
@@ -166,10 +184,7 @@ def benchmark_flow_network(
         _, metrics = model(ids)
     results |= {"pattern_entropy": metrics.summary()["entropy"], "max_entropy": metrics.summary()["max_entropy"]}
     results["parameter_reduction"] = model.parameter_reduction()["reduction"]
-    with torch.inference_mode():
-        results["milliseconds_per_length"] = {
-            n: 1e3 * _seconds(lambda long=create_dummy_data(vocab_size, n, 1, 1)[0][0]: model(long), 0.3) for n in lengths
-        }
+    results["milliseconds_per_length"] = {n: 1e3 * _forward_seconds(model, vocab_size, n) for n in lengths}
 
     layer = model.layers[0].router
     x = torch.randn(min(ids.numel(), 64), d_model)
@@ -186,10 +201,12 @@ def benchmark_flow_network(
 
     results["load_seconds"] = _seconds(load, 0.1)
     results["flow_network"] = _speed(model, ids, targets, autocast_dtype)
-    history = train_flow_network(model, create_dummy_data(vocab_size, seq_len, batch_size, 10), 1, progress=False, autocast_dtype=autocast_dtype)
+    noise = create_dummy_data(vocab_size, seq_len, batch_size, 10)
+    history = train_flow_network(model, noise, 1, progress=False, autocast_dtype=autocast_dtype)
     results["final_loss"] = history["loss"][-1]
-    del model
-    results["transformer"] = _speed(_Transformer(vocab_size, d_model, num_layers, longest), ids, targets, autocast_dtype)
+    results["transformer"] = _speed(
+        _Transformer(vocab_size, d_model, num_layers, longest), ids, targets, autocast_dtype
+    )
     _print(results)
     return results
 
@@ -204,5 +221,7 @@ def _print(results: dict) -> None:
     print(f"pattern entropy {results['pattern_entropy']:.3f} of at most {results['max_entropy']:.3f} bits, "
           f"loss after 10 batches of noise {results['final_loss']:.3f}, load {results['load_seconds'] * 1e3:.0f} ms, "
           f"hidden layer {results['hidden_layer_speedup']:.1f}x faster than the published einsums")  # fmt: skip
-    print("milliseconds by length: " + ", ".join(f"{n}: {ms:.1f}" for n, ms in results["milliseconds_per_length"].items()))
+    print(
+        "milliseconds by length: " + ", ".join(f"{n}: {ms:.1f}" for n, ms in results["milliseconds_per_length"].items())
+    )
     print("The page does not name its machine; its column is its own claim.")

@@ -85,7 +85,7 @@ class AdaptiveFlowRouter(nn.Module):
     Args:
         input_dim, output_dim: I and O.
         num_patterns: P.
-        rank: patterns of this rank, ``P_p = up_p down_p`` with ``up [P, O, r]`` and ``down [P, r, I]``; full without it.
+        rank: r; patterns ``P_p = up_p down_p`` with ``up [P, O, r]`` and ``down [P, r, I]``. Full rank without it.
         top_k, density: sparsity as in `dfn_kernels.pattern_route` (full-rank patterns only).
 
     `forward(x)` returns the mixed matrices ``[.., O, I]`` and metrics, as published, for looking at; `route(x)` returns
@@ -140,7 +140,7 @@ class AdaptiveFlowRouter(nn.Module):
 
 
 class FlowLayer(nn.Module):
-    """``y = LayerNorm(F(x) x + b)``, F mixed per token by an `AdaptiveFlowRouter`. ``(x [.., I]) -> (y [.., O], metrics)``."""
+    """``y = LayerNorm(F(x) x + b)``, F mixed by an `AdaptiveFlowRouter`. ``(x [.., I]) -> (y [.., O], metrics)``."""
 
     def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
                  top_k: int | None = None, density: float | None = None):  # fmt: skip
@@ -172,9 +172,9 @@ class FlowNetwork(nn.Module):
     d_model and then the transposed embedding.
 
     As published, every layer acts on one token at a time. Nothing carries information from one position to another, so
-    the model predicts from the current token and its place alone: a bigram model, however deep. ``mixer="flow_attention"``
-    puts a causal `FlowMixer` before each flow layer, ``h_l += FlowMixer_l(LayerNorm(h_l))``, and makes it a language
-    model in the usual sense.
+    the model predicts from the current token and its place alone: a bigram model, however deep.
+    ``mixer="flow_attention"`` puts a causal `FlowMixer` before each flow layer, ``h_l += FlowMixer_l(LayerNorm(h_l))``,
+    and makes it a language model in the usual sense.
 
     Args:
         vocab_size: V.
@@ -213,7 +213,7 @@ class FlowNetwork(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> "FlowNetwork":
-        """"edge", "base", "large" or "compact" (low-rank patterns, tied output: 6.0M parameters, 22.9 MB)."""
+        """ "edge", "base", "large" or "compact" (low-rank patterns, tied output: 6.0M parameters, 22.9 MB)."""
         if name not in PRESETS:
             raise ValueError(f"FlowNetwork: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
@@ -222,7 +222,9 @@ class FlowNetwork(nn.Module):
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"FlowNetwork: ids must be int64, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[1] > self.max_seq_len:
-            raise ValueError(f"FlowNetwork: ids must have shape [B, N] with N at most {self.max_seq_len}, got {list(ids.shape)}")
+            raise ValueError(
+                f"FlowNetwork: ids must have shape [B, N] with N at most {self.max_seq_len}, got {list(ids.shape)}"
+            )
         tokens = self.embedding(ids)
         if self.tie_output:  # a table fit for the output has small rows
             tokens = tokens * self.embedding.embedding_dim**0.5
@@ -253,7 +255,7 @@ class FlowNetwork(nn.Module):
     def parameter_reduction(self) -> dict[str, float]:
         """Parameters here against those of a network that generates each token's full matrices by a linear map.
 
-        Such a generator takes x to all O * I entries of F: I * (O * I) + O * I parameters a layer, in place of the router's.
+        Such a generator takes x to all O * I entries of F: (I + 1) * O * I parameters a layer, in place of the router's.
         """
         routers = [m for m in self.modules() if isinstance(m, AdaptiveFlowRouter)]
         own = sum(p.numel() for r in routers for p in r.parameters())

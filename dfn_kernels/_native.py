@@ -1,5 +1,6 @@
 """Loads the compiled operator libraries beside this file and remembers why one is missing."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,9 +8,13 @@ import torch
 _HOW_TO_BUILD = "build it with `make env`, or `pip install --no-build-isolation .` from the source tree"
 
 
+# Elsewhere for a build with sanitizers, see `make check`.
+_FOLDER = Path(os.environ.get("DFN_LIBRARY_DIR") or Path(__file__).parent)
+
+
 def _load(name: str) -> str | None:
-    """Loads dfn_kernels/<name>.so; returns None, or why it is not there."""
-    path = Path(__file__).with_name(name + ".so")
+    """Loads <name>.so; returns None, or why it is not there."""
+    path = _FOLDER / (name + ".so")
     if not path.exists():
         return f"{name} is not built: {_HOW_TO_BUILD}"
     try:

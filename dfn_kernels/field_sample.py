@@ -16,7 +16,9 @@ _backends.register(OP, cpu=False, triton=False)
 def _check(density, n, method, generator) -> None:
     is_float_tensor(OP, "density", density)
     if density.ndim < 2 or 0 in density.shape[1:]:
-        raise ValueError(f"{OP}: density must have shape [B, *grid] with a grid that is not empty, got {list(density.shape)}")
+        raise ValueError(
+            f"{OP}: density must have shape [B, *grid] with a grid that is not empty, got {list(density.shape)}"
+        )
     is_integer(OP, "n", n, 0, 2**31 - 1)
     if method not in ("stratified", "random"):
         raise ValueError(f"{OP}: method must be 'stratified' or 'random', got {method!r}")
@@ -49,8 +51,8 @@ def field_sample(
         generator: source of the random numbers, on density's device.
 
     Returns:
-        positions: ``[B, n, D]`` in [0, 1), D the number of grid axes, in the grid's axis order: cell i of an axis of size
-            g covers [i / g, (i + 1) / g). float32 (float64 for a float64 density).
+        positions: ``[B, n, D]`` in [0, 1), D the number of grid axes, in the grid's axis order: cell i of an axis of
+            size g covers [i / g, (i + 1) / g). float32 (float64 for a float64 density).
         influence: ``[B, n]``, proportional to ``1 / density[cell]`` with mean 1: the weights that make a weighted mean
             over the samples an estimate of the mean over the field.
 

@@ -59,14 +59,18 @@ def test_published_sizes():
     assert round(compact.size_mb(), 1) == 22.9
     assert compact.parameter_reduction()["reduction"] >= 0.991
     with torch.device("meta"):
-        assert FlowNetwork(vocab_size=10000, d_model=512, num_layers=6).num_parameters() == pytest.approx(62.9e6, rel=0.001)
+        assert FlowNetwork(vocab_size=10000, d_model=512, num_layers=6).num_parameters() == pytest.approx(
+            62.9e6, rel=0.001
+        )
         for preset in ("edge", "base", "large"):
             assert FlowNetwork.from_preset(preset).num_parameters() > 0
     with pytest.raises(ValueError, match="preset must be one of edge, base, large, compact, got 'huge'"):
         FlowNetwork.from_preset("huge")
 
 
-@pytest.mark.parametrize("options", [dict(), dict(rank=2, tie_output=True), dict(top_k=2), dict(density=0.1), dict(mixer="flow_attention")])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(rank=2, tie_output=True), dict(top_k=2), dict(density=0.1), dict(mixer="flow_attention")]
+)
 def test_network(options):
     model = small(**options)
     ids = torch.randint(37, (2, 13))

@@ -145,7 +145,12 @@ def test_extreme_weights(backend):
         assert gaussian_gather(positions, values, indices, 1e-3).flatten().tolist() == [0, 0, 1100, 0]
         # huge sigma: a plain sum, a plain mean
         assert gaussian_gather(positions, values, indices, 1e10).flatten().tolist() == [110, 101, 1100, 11]
-        assert gaussian_gather(positions, values, indices, 1e10, normalize=True).flatten().tolist() == [55, 50.5, 550, 5.5]
+        assert gaussian_gather(positions, values, indices, 1e10, normalize=True).flatten().tolist() == [
+            55,
+            50.5,
+            550,
+            5.5,
+        ]
         # influence: zero and negative; weights that sum to zero give 0
         w = torch.tensor([[1.0, 0.0, 1.0, -1.0]], device=DEVICE)
         one = dict(positions=positions[None], values=values[None], indices=indices[None], sigma=1e10, influence=w)
@@ -164,7 +169,9 @@ def test_identical_points_make_a_hub(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_overflow_is_infinite(backend):
     values = torch.full((3, 5), 6e4, dtype=torch.float16, device=DEVICE)
-    out = gaussian_gather(torch.zeros(3, 1, device=DEVICE), values, torch.tensor([[0, 1], [1, -1], [2, 0]], device=DEVICE), 1.0)
+    out = gaussian_gather(
+        torch.zeros(3, 1, device=DEVICE), values, torch.tensor([[0, 1], [1, -1], [2, 0]], device=DEVICE), 1.0
+    )
     assert out[0].isinf().all() and out[1].eq(6e4).all()
 
 
@@ -222,7 +229,14 @@ def test_opcheck(backend):
     for normalize in (False, True):
         i = make(dtype=torch.float64 if normalize else torch.float32)
         floats = [x.requires_grad_() for x in (i["positions"], i["query_positions"], i["values"])]
-        arguments = (*floats, i["indices"], i["sigma"].requires_grad_(), i["influence"].requires_grad_(), normalize, backend)
+        arguments = (
+            *floats,
+            i["indices"],
+            i["sigma"].requires_grad_(),
+            i["influence"].requires_grad_(),
+            normalize,
+            backend,
+        )
         torch.library.opcheck(torch.ops.dfn.gaussian_gather, arguments)
 
 
@@ -260,6 +274,7 @@ def _change(**changes):
     return lambda inputs: {**inputs, **changes}
 
 
+# ruff: noqa: E501
 BAD = {
     "positions: not a tensor": (_change(positions=[[0.0]]), TypeError, "positions must be a tensor, got list"),
     "positions: integers": (_change(positions=torch.zeros(2, 3, 17, 2, dtype=torch.int64)), TypeError, "positions must be float"),
