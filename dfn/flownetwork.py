@@ -100,21 +100,40 @@ class AdaptiveFlowRouter(nn.Module):
         self.input_dim, self.output_dim, self.num_patterns = input_dim, output_dim, num_patterns
         self.rank, self.top_k, self.density = rank, top_k, density
         self.pattern_selector = nn.Linear(input_dim, num_patterns)
+        # The patterns live in linear layers, so that torch's quantize_dynamic finds and quantises them.
         if rank is None:
-            self.patterns = nn.Parameter(torch.empty(num_patterns, output_dim, input_dim))
+            self.bank = nn.Linear(input_dim, num_patterns * output_dim, bias=False)
         else:
-            self.up = nn.Parameter(torch.empty(num_patterns, output_dim, rank))
-            self.down = nn.Parameter(torch.empty(num_patterns, rank, input_dim))
+            self.down = nn.Linear(input_dim, num_patterns * rank, bias=False)
+            self.up = nn.Linear(num_patterns * rank, output_dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Patterns so that the mixture at the start, of P nearly equal weights, keeps the variance of x."""
         spread = math.sqrt(self.num_patterns / self.input_dim)
         if self.rank is None:
-            nn.init.normal_(self.patterns, std=spread)
+            nn.init.normal_(self.bank.weight, std=spread)
         else:
-            nn.init.normal_(self.down, std=1 / math.sqrt(self.input_dim))
-            nn.init.normal_(self.up, std=math.sqrt(self.num_patterns / self.rank))
+            nn.init.normal_(self.down.weight, std=1 / math.sqrt(self.input_dim))
+            nn.init.normal_(self.up.weight, std=math.sqrt(self.num_patterns / self.rank))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up ``[P, O, r]`` and down ``[P, r, I]`` of low-rank patterns, views of the parameters."""
+        up = self.up.weight.view(self.output_dim, self.num_patterns, self.rank).transpose(0, 1)
+        return up, self.down.weight.view(self.num_patterns, self.rank, self.input_dim)
+
+    @property
+    def patterns(self) -> Tensor:
+        """``[P, O, I]``: a view of the parameters; multiplied out for low-rank patterns."""
+        if self.rank is None:
+            return self.bank.weight.view(self.num_patterns, self.output_dim, self.input_dim)
+        up, down = self.factors()
+        return up @ down
+
+    @property
+    def quantized(self) -> bool:
+        """Whether quantize_dynamic has replaced the linear layers that hold the patterns."""
+        return not isinstance(self.bank if self.rank is None else self.up, nn.Linear)
 
     def weights(self, x: Tensor) -> Tensor:
         """``[.., I] -> [.., P]``, in float32 under autocast."""
@@ -122,16 +141,36 @@ class AdaptiveFlowRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
         w = self.weights(x)
-        patterns = self.patterns if self.rank is None else self.up @ self.down
+        patterns = self.patterns
         return torch.einsum("...p,poi->...oi", w.to(patterns.dtype), patterns), FlowMetrics.of(w)
 
     def route(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, FlowMetrics]:
         w = self.weights(x)
+        if self.quantized:
+            return self._route_quantized(x, w, bias), FlowMetrics.of(w)
         if self.rank is not None:
-            return low_rank_route(x, w, self.up, self.down, bias), FlowMetrics.of(w)
+            return low_rank_route(x, w, *self.factors(), bias), FlowMetrics.of(w)
         sparse = dict(top_k=self.top_k, density=self.density, return_share=True)
         y, active = pattern_route(x, w, self.patterns, bias, **sparse)
         return y, FlowMetrics.of(w, active)
+
+    def _route_quantized(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with int8 patterns, for inference, in slices of tokens: [T, P, O] never exists as a whole."""
+        if self.density is not None:
+            raise RuntimeError("AdaptiveFlowRouter: density is not available with quantised patterns")
+        if self.top_k is not None:
+            w = w.where(w >= w.topk(self.top_k, -1).values[..., -1:], 0)
+        lead, P = x.shape[:-1], self.num_patterns
+        parts = []
+        for tokens, weights in zip(x.reshape(-1, self.input_dim).split(64), w.reshape(-1, P).split(64), strict=True):
+            if self.rank is None:
+                products = self.bank(tokens).view(-1, P, self.output_dim)
+                parts.append(torch.bmm(weights.unsqueeze(1), products).squeeze(1))
+            else:
+                inner = self.down(tokens).view(-1, P, self.rank) * weights.unsqueeze(-1)
+                parts.append(self.up(inner.flatten(1)))
+        y = torch.cat(parts) if parts else x.new_empty(0, self.output_dim)
+        return (y if bias is None else y + bias).view(*lead, self.output_dim)
 
     def extra_repr(self) -> str:
         options = {"rank": self.rank, "top_k": self.top_k, "density": self.density}

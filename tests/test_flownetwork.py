@@ -23,7 +23,7 @@ def test_router_mixes_as_published(options):
     router = AdaptiveFlowRouter(11, 7, 5, **options).double()
     x = torch.randn(2, 3, 11, dtype=torch.float64)
     w = router.weights(x).double()
-    patterns = router.patterns if router.rank is None else router.up @ router.down
+    patterns = router.patterns
     if options.get("top_k"):
         w = w * (w >= w.topk(2, -1).values[..., -1:])
     want = torch.einsum("btp,poi,bti->bto", w, patterns, x)
@@ -149,3 +149,28 @@ def test_backend_choice_reaches_the_model():
     with dfn_kernels.use_backend("reference"):
         want = model(ids)[0]
     torch.testing.assert_close(model(ids)[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", [dict(), dict(rank=3, tie_output=True)])
+def test_the_pages_quantize_dynamic_reaches_the_patterns(options):
+    import io
+
+    import torch.quantization as quant
+
+    model = small(vocab_size=41, d_model=64, **options).eval()
+    quantised = quant.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert all(layer.router.quantized and not layer_before.router.quantized
+               for layer, layer_before in zip(quantised.layers, model.layers, strict=True))  # fmt: skip
+    ids = torch.randint(41, (2, 19))
+    with torch.inference_mode():
+        exact, near = model(ids)[0], quantised(ids)[0]
+    assert (near - exact).norm() / exact.norm() < 0.1
+
+    def size(module):
+        buffer = io.BytesIO()
+        torch.save(module.state_dict(), buffer)
+        return buffer.tell()
+
+    wide = FlowLayer(256, 256, 8)
+    assert size(wide) / size(quant.quantize_dynamic(wide, {nn.Linear}, dtype=torch.qint8)) > 3.9
