@@ -40,9 +40,12 @@ def train_flow_network(
     *,
     clip: float = 1.0,
     autocast_dtype: torch.dtype | None = None,
+    final_density: float | None = None,
     progress: bool = True,
 ) -> dict[str, list[float]]:
     """AdamW with gradient clipping over (ids, targets) batches; one entry an epoch in each list of the result.
+
+    With `final_density` the share of active connections falls linearly from 1 to it over the first half of the batches.
 
     Returns ``{"loss": mean cross-entropy in nats, "pattern_entropy": mean over layers in bits, "tokens_per_second"}``.
     A loss that is not finite stops the training with ValueError, naming epoch and batch.
@@ -55,6 +58,9 @@ def train_flow_network(
         losses, entropies, tokens, start = [], [], 0, time.perf_counter()
         with tqdm(train_data, desc=f"epoch {epoch + 1}/{num_epochs}", disable=not progress, leave=False) as bar:
             for batch, (ids, targets) in enumerate(bar):
+                if final_density is not None:
+                    done = (epoch * len(train_data) + batch) / (num_epochs * len(train_data))
+                    model.set_density(1 - (1 - final_density) * min(1.0, 2 * done))
                 ids, targets = ids.to(device), targets.to(device)
                 with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                     logits, metrics = model(ids)

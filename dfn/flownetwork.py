@@ -1,6 +1,7 @@
 """FlowNetwork: layers whose weight matrix is mixed per token from P shared patterns. The mixed matrix never exists."""
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,28 @@ class NetworkMetrics(list):
     def pattern_entropy(self) -> Tensor:
         """Mean over the layers of `FlowMetrics.entropy`, 0-d."""
         return torch.stack([layer.entropy for layer in self]).mean()
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Writes a PNG: how much each layer uses each pattern, and how sure its tokens are of theirs."""
+        import matplotlib.pyplot as plt
+
+        usage = torch.stack([layer.usage for layer in self]).cpu()
+        rows = [layer.summary() for layer in self]
+        names = ["input", *(f"layer {i + 1}" for i in range(len(self) - 2)), "output"]
+        size = (10, 0.4 * len(self) + 1.8)
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+        image = left.imshow(usage, cmap="viridis", vmin=0, aspect="auto")
+        figure.colorbar(image, ax=left, label="mean weight")
+        left.set(yticks=range(len(self)), yticklabels=names, xlabel="pattern", title="How much each pattern is used")
+        left.set_xticks(range(usage.shape[1]))
+        place = torch.arange(len(self))
+        right.barh(place - 0.2, [row["entropy"] for row in rows], 0.4, label="of a token's weights")
+        right.barh(place + 0.2, [row["usage_entropy"] for row in rows], 0.4, label="of the mean weights")
+        right.axvline(rows[0]["max_entropy"], color="black", lw=1, ls=":", label="at most")
+        right.set(xlabel="entropy in bits", title="How sure tokens are, how even the use")
+        right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
 
 
 class AdaptiveFlowRouter(nn.Module):
@@ -284,6 +307,12 @@ class FlowNetwork(nn.Module):
             logits = logits @ self.embedding.weight.T.to(logits.dtype)
         return logits, metrics
 
+    def set_density(self, density: float | None) -> None:
+        """The share of connections that every full-rank router keeps from now on; None keeps all."""
+        for module in self.modules():
+            if isinstance(module, AdaptiveFlowRouter) and module.rank is None:
+                module.density = density
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -294,7 +323,7 @@ class FlowNetwork(nn.Module):
     def parameter_reduction(self) -> dict[str, float]:
         """Parameters here against those of a network that generates each token's full matrices by a linear map.
 
-        Such a generator takes x to all O * I entries of F: (I + 1) * O * I parameters a layer, in place of the router's.
+        Such a generator takes x to all O * I entries of F: (I + 1) * O * I parameters a layer instead of the router's.
         """
         routers = [m for m in self.modules() if isinstance(m, AdaptiveFlowRouter)]
         own = sum(p.numel() for r in routers for p in r.parameters())

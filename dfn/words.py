@@ -19,7 +19,7 @@ class WordTokenizer:
 
     >>> tokenizer = WordTokenizer.from_text("to be or not to be", 5)
     >>> tokenizer.encode("to be, to be").tolist()
-    [2, 1, 3, 0, 1, 2, 1, 3]
+    [3, 1, 2, 0, 1, 3, 1, 2]
     >>> tokenizer.decode(tokenizer.encode("be to"))
     'be to'
     """

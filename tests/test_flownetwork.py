@@ -174,3 +174,19 @@ def test_the_pages_quantize_dynamic_reaches_the_patterns(options):
 
     wide = FlowLayer(256, 256, 8)
     assert size(wide) / size(quant.quantize_dynamic(wide, {nn.Linear}, dtype=torch.qint8)) > 3.9
+
+
+def test_density_falls_during_training():
+    model, seen = small(), []
+    model.layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.router.density))
+    train_flow_network(model, create_dummy_data(37, 7, 2, 4), num_epochs=2, final_density=0.1, progress=False)
+    assert seen == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1, 0.1])
+    assert model.layers[0].router.density == pytest.approx(0.1)
+    _, metrics = model(torch.randint(37, (2, 13)))
+    assert metrics.summary()["active"] < 0.3
+
+
+def test_plot(tmp_path):
+    _, metrics = small()(torch.randint(37, (2, 13)))
+    metrics.plot(tmp_path / "patterns.png")
+    assert (tmp_path / "patterns.png").stat().st_size > 10_000
