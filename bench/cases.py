@@ -1,4 +1,4 @@
-"""The cases, named once: inputs, our op, the best that one can compose or install instead, how to tell right from wrong.
+"""The cases, named once: inputs, our op, the best that one can compose or install instead, what counts as right.
 
 Tests take their inputs from here too (tests/test_bench.py runs every case at its small size).
 """

@@ -73,8 +73,8 @@ def main() -> None:
             rows.append(row)
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "preset": given.preset, "tokens": given.tokens, "unigram entropy": floor, "rows": rows}
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    facts = {"machine": machine(), "preset": given.preset, "tokens": given.tokens, "unigram entropy": floor}
+    given.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

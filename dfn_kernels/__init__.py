@@ -2,11 +2,14 @@
 
 from ._backends import backends, use_backend
 from .field_sample import field_sample
+from .flow_attention import flow_attention
 from .flow_drift import Drift, FlowDriftFunction, flow_drift
 from .flow_norm import FlowNormFunction, flow_norm
 from .gaussian_gather import GaussianGatherFunction, gaussian_gather
+from .knn import KnnFunction, KNNIndex, Neighbors, knn
 from .low_rank_route import low_rank_route
 from .pattern_route import PatternRouteFunction, pattern_route
+from .streaming import StreamingKNN
 
 __version__ = "0.1.0"
 
@@ -15,12 +18,18 @@ __all__ = [
     "FlowDriftFunction",
     "FlowNormFunction",
     "GaussianGatherFunction",
+    "KNNIndex",
+    "KnnFunction",
+    "Neighbors",
     "PatternRouteFunction",
+    "StreamingKNN",
     "backends",
     "field_sample",
+    "flow_attention",
     "flow_drift",
     "flow_norm",
     "gaussian_gather",
+    "knn",
     "low_rank_route",
     "pattern_route",
     "use_backend",

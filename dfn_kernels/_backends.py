@@ -25,9 +25,12 @@ _OPS: dict[str, dict] = {}
 _override: dict[str, str | None] = {"name": None}
 
 
-def register(op: str, *, cpu: bool = True, cuda: bool = False, triton: bool = True) -> None:
-    """Says which backends `op` has besides the reference. Each op file calls it once."""
-    _OPS[op] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+def register(op: str, *, cpu: bool = True, cuda: bool = False, triton: bool = True, cuda_first: bool = True) -> None:
+    """Says which backends `op` has besides the reference, and whether a GPU tensor takes CUDA C++ before Triton.
+
+    Each op file calls it once.
+    """
+    _OPS[op] = {"cpu": cpu, "cuda": cuda, "triton": triton, "cuda_first": cuda_first}
 
 
 def missing(op: str, backend: str, device: str) -> str | None:
@@ -60,7 +63,7 @@ def choose(op: str, device: str) -> str:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {name!r} is not available for {device} tensors: {reason}")
         return name
-    order = ("native",) if device == "cpu" else ("native", "triton") if _OPS[op]["cuda"] else ("triton",)
+    order = ("native",) if device == "cpu" else ("native", "triton") if _OPS[op]["cuda_first"] else ("triton", "native")
     for candidate in order:
         if missing(op, candidate, device) is None:
             return candidate

@@ -9,6 +9,7 @@ from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather")
 OP = "gaussian_gather"
+WANTED = {"positions": 1, "queries": 2, "values": 4, "sigma": 8, "influence": 16}  # gradients that are asked for
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -87,10 +88,11 @@ def _backward_op(
     sigma: Tensor,
     influence: Tensor | None,
     normalize: bool,
+    wanted: int,  # sum of the bits of WANTED
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence (or empty)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
     return _launcher(backend, positions).gaussian_gather_backward(
-        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence), normalize
+        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence), normalize, wanted
     )
 
 
@@ -107,13 +109,13 @@ def _(positions, queries, values, indices, sigma, influence, normalize, backend)
 
 
 @_backward_op.register_fake
-def _(grad, positions, queries, values, indices, sigma, influence, normalize, backend):
+def _(grad, positions, queries, values, indices, sigma, influence, normalize, wanted, backend):
     return (
-        torch.empty_like(positions, memory_format=torch.contiguous_format),
-        torch.empty_like(queries, memory_format=torch.contiguous_format),
-        empty_rows(values, *values.shape),
-        sigma.new_empty(sigma.shape),
-        sigma.new_empty(0 if influence is None else influence.shape),
+        positions.new_empty(positions.shape if wanted & WANTED["positions"] else 0),
+        queries.new_empty(queries.shape if wanted & WANTED["queries"] else 0),
+        empty_rows(values, *values.shape) if wanted & WANTED["values"] else values.new_empty(0),
+        sigma.new_empty(sigma.shape if wanted & WANTED["sigma"] else 0),
+        sigma.new_empty(influence.shape if influence is not None and wanted & WANTED["influence"] else 0),
     )
 
 
@@ -130,12 +132,17 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _indices(x: Tensor) -> Tensor:
+    """Dense; [B, 1, M, k] where the heads share them (an expanded tensor), so that they are prepared once."""
+    return (x[:, :1] if x.shape[1] > 1 and x.stride(1) == 0 else x).contiguous()
+
+
 def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
     return (
         positions.contiguous(),
         queries.contiguous(),
         _dense_rows(values),
-        indices.contiguous(),
+        _indices(indices),
         sigma.contiguous(),
         None if influence is None else influence.contiguous(),
     )
@@ -148,11 +155,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.normalize, ctx.backend)
-    grad_positions, grad_queries, grad_values, grad_sigma, grad_influence = grads
-    if ctx.saved_tensors[-1] is None:
-        grad_influence = None
-    return grad_positions, grad_queries, grad_values, None, grad_sigma, grad_influence, None, None
+    needs = ctx.needs_input_grad
+    asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
+    wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
+    grads = _backward_op(grad, *ctx.saved_tensors, ctx.normalize, wanted, ctx.backend)
+    grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
+    return *grads[:3], None, *grads[3:], None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
 
 OP = "pattern_route"
-_backends.register(OP)
+_backends.register(OP, cuda=True, cuda_first=False)  # the CUDA kernels do not use tensor cores yet
 
 
 # ---- check: shared with low_rank_route and the quantised patterns ---------------------------------------------------
@@ -66,7 +66,7 @@ def _op(
     wide: bool,  # the output in the dtype of weights, not rounded to that of x
     backend: str,
 ) -> Tensor:  # [T, O]
-    return _launcher(backend).pattern_route(
+    return _launcher(backend, x).pattern_route(
         _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(bias), _dense(chosen), wide
     )
 
@@ -83,7 +83,7 @@ def _backward_op(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # for x, weights, patterns, bias; empty where not wanted
-    return _launcher(backend).pattern_route_backward(
+    return _launcher(backend, x).pattern_route_backward(
         _dense_rows(grad), _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(chosen),
         need_tokens, need_patterns, need_bias,
     )  # fmt: skip
@@ -106,12 +106,12 @@ def _(grad, x, weights, patterns, chosen, need_tokens, need_patterns, need_bias,
 
 
 # ---- backends: all have the same two functions ----------------------------------------------------------------------
-def _launcher(backend: str):
+def _launcher(backend: str, x: Tensor):
     if backend == "triton":
         from .triton import pattern_route
 
         return pattern_route
-    return torch.ops.dfn_cpu
+    return torch.ops.dfn_cpu if x.device.type == "cpu" else torch.ops.dfn_cuda
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -6,38 +6,59 @@
 
 namespace dfn {
 
-// A is the type of the arithmetic: double if `accumulate` says so, else float.
+// What the backward pass knows of one edge, stored in the order of neighbors.h.
+template <class A>
+struct Edge {
+  uint32_t query;
+  A weight;     // what values[j] was multiplied by in y_i
+  A slope;      // derivative of the loss by the exponent of the edge
+  A influence;  // derivative of the loss by influence[j], through this edge
+};
+
+// One batch and head. A is the type of the arithmetic: double if `accumulate` says so, else float.
 struct GatherProblem {
-  int64_t B, H, N, M, D, c, k;
+  int64_t N, M, D, c, k;
   Dtype dtype;             // of values, out, grad, grad_values
   Dtype accumulate;        // of everything else: f32 or f64
   bool normalize;
-  const void* positions;   // [B, H, N, D]
-  const void* queries;     // [B, H, M, D]
-  const int64_t* indices;  // [B, H, M, k]
-  const void* sigma;       // [H]
-  const void* influence;   // [B, H, N] or null: all ones
-  Rows values;             // [B, H, N, c]
-  Rows out;                // forward: [B, H, M, c]
-  // backward
-  Rows grad;                   // [B, H, M, c]
-  void* edge_weight;           // [B, H, M, k] what values[j] was multiplied by in y_i
-  void* edge_slope;            // [B, H, M, k] derivative of the loss by the exponent of the edge
-  void* edge_influence;        // [B, H, M, k] derivative of the loss by influence[j], through this edge; or null
-  const int64_t* edge_starts;  // [B, H, N + 1] the edges that end in entity j are
-  const int64_t* edges;        // [B, H, M * k]   edges[edge_starts[j] .. edge_starts[j + 1]), ascending
-  Rows grad_values;            // [B, H, N, c]
-  void* grad_positions;        // [B, H, N, D]
-  void* grad_queries;          // [B, H, M, D]
-  void* grad_sigma_rows;       // [B, H, M] each query's share of the gradient to sigma[h]
-  void* grad_influence;        // [B, H, N] or null
+  double sigma;
+  const void* positions;   // [N, D]
+  const void* queries;     // [M, D]
+  const int64_t* indices;  // [M, k]
+  const void* influence;   // [N] or null: all ones
+  const int32_t* query_order;   // [M] or null: as they come
+  const int32_t* entity_order;  // [N] or null
+  const void* values;      // [N, c], rows this far apart:
+  int64_t values_stride;
+  void* out;               // forward: [M, c]
+  int64_t out_stride;
+  // backward; whatever nobody asked for is null
+  const void* grad;        // [M, c]
+  int64_t grad_stride;
+  const int64_t* starts;   // [N + 1], see neighbors.h
+  const uint32_t* slots;   // [M, k], or
+  const int64_t* slots64;  // [M, k]
+  void* edges;             // [M * k] Edge<A>
+  bool slopes;             // whether anything but grad_values is wanted
+  void* grad_values;       // [N, c]
+  int64_t grad_values_stride;
+  void* grad_positions;    // [N, D]
+  void* grad_queries;      // [M, D]
+  void* grad_sigma_rows;   // [M] each query's share of the gradient to sigma
+  void* grad_influence;    // [N]
 };
 
-// Rows of the output, [begin, end) of B*H*M. False if an index was out of range (it is then treated as padding).
+// An entity with more edges than this (a hub: many points in one place) is left to gather_backward_hub.
+constexpr int64_t kHub = 4096;
+
+// Queries number [begin, end) in query_order. False if an index was out of range (it is then treated as padding).
 DFN_DECLARE_ISA(bool gather_forward(const GatherProblem& g, int64_t begin, int64_t end))
-// Per query: edge_weight, edge_slope, edge_influence, grad_queries, grad_sigma_rows; [begin, end) of B*H*M.
+// The same queries: edges, grad_queries, grad_sigma_rows.
 DFN_DECLARE_ISA(void gather_backward_queries(const GatherProblem& g, int64_t begin, int64_t end))
-// Per entity, from the transposed list: grad_values, grad_positions, grad_influence; [begin, end) of B*H*N.
+// Entities number [begin, end) in entity_order, from their edges: grad_values, grad_positions, grad_influence.
 DFN_DECLARE_ISA(void gather_backward_entities(const GatherProblem& g, int64_t begin, int64_t end))
+// One hub, piece by piece of kHub edges: sums [c + D + 1] of type A; then all pieces together, in order.
+DFN_DECLARE_ISA(void gather_backward_piece(const GatherProblem& g, int64_t entity, int64_t piece, void* sums))
+DFN_DECLARE_ISA(void gather_backward_hub(const GatherProblem& g, int64_t entity, int64_t pieces, const void* sums))
 
 }  // namespace dfn

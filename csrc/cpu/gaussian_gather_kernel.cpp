@@ -1,210 +1,242 @@
 #include "cpu/gaussian_gather.h"
 
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace dfn::DFN_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // channels are worked through in blocks of this many registers
-
-struct Place {
-  int64_t b, h, i;
+// The neighbours of one query that exist, and their weights.
+template <class A, class V>
+struct Query {
+  int64_t count;
+  int64_t* index;   // [count] of the entities
+  int64_t* slot;    // [count] the edge's place in its row of k
+  const V** rows;   // [count] their values
+  A* gauss;         // [count] exp(-|q - p|^2 / (2 sigma^2)), relative to the nearest if normalised, times `factor`
+  A* weight;        // [count] gauss * influence: what the value is multiplied by
+  A* sq_dist;       // [count]
+  bool valid;       // every index was -1 or in range
 };
-Place place_of(int64_t flat, int64_t H, int64_t n) { return {flat / (H * n), flat / n % H, flat % n}; }
-
-// block[...] += weight * row[...], for one block of channels held in registers
-template <class A, class V>
-inline void add_scaled(Vec<A> (&block)[kVectors], A weight, const V* row) {
-  for (int v = 0; v < kVectors; ++v) block[v] += weight * load(row + v * kLanes<A>);
-}
-
-// out[0..c) = sum over edges of weight[e] * row(e)[0..c)
-template <class A, class V, class RowOf>
-inline void weighted_sum(int64_t edges, int64_t c, const A* weight, RowOf row_of, V* out) {
-  constexpr int64_t kBlock = kVectors * kLanes<A>;
-  int64_t x = 0;
-  for (; x + kBlock <= c; x += kBlock) {
-    Vec<A> block[kVectors] = {};
-    for (int64_t e = 0; e < edges; ++e)
-      if (const V* row = row_of(e)) add_scaled<A>(block, weight[e], row + x);
-    for (int v = 0; v < kVectors; ++v) store(block[v], out + x + v * kLanes<A>);
-  }
-  for (; x + kLanes<A> <= c; x += kLanes<A>) {
-    Vec<A> one = {};
-    for (int64_t e = 0; e < edges; ++e)
-      if (const V* row = row_of(e)) one += weight[e] * load(row + x);
-    store(one, out + x);
-  }
-  for (; x < c; ++x) {
-    A one = 0;
-    for (int64_t e = 0; e < edges; ++e)
-      if (const V* row = row_of(e)) one += weight[e] * to_float(row[x]);
-    from_float(one, out + x);
-  }
-}
 
 template <class A, class V>
-inline A dot(int64_t c, const V* left, const V* right) {
-  Vec<A> lanes = {};
-  int64_t x = 0;
-  for (; x + kLanes<A> <= c; x += kLanes<A>) lanes += load(left + x) * load(right + x);
-  A total = sum<A>(lanes);
-  for (; x < c; ++x) total += to_float(left[x]) * to_float(right[x]);
+struct Workspace {
+  Scratch<int64_t> index, slot;
+  Scratch<const V*> rows;
+  Scratch<A> gauss, weight, sq_dist, along;
+  explicit Workspace(int64_t n) : index(n), slot(n), rows(n), gauss(n), weight(n), sq_dist(n), along(n) {}
+};
+
+template <class A, int kDims>
+inline A squared_distance(const A* q, const A* p, int64_t D) {
+  A total = 0;
+  for (int64_t a = 0; a < (kDims ? kDims : D); ++a) {
+    const A step = q[a] - p[a];
+    total += step * step;
+  }
   return total;
 }
 
-// The weights of one query: gauss[s] = exp(-|q - p_j|^2 / (2 sigma^2)), relative to the nearest neighbour if the
-// weights are to be normalised; returns 1 / their sum then, else 1 (0 where there is no weight at all).
-template <class A>
-struct Query {
-  const A* positions;   // [N, D] of this batch and head
-  const A* influence;   // [N] or null
-  const A* q;           // [D]
-  const int64_t* index; // [k]
-  A sigma;
+template <class A, int kDims>
+inline void squared_distances(const GatherProblem& g, const A* q, int64_t count, const int64_t* index, A* out) {
+  const A* positions = static_cast<const A*>(g.positions);
+  const int64_t D = kDims ? kDims : g.D;
+  for (int64_t s = 0; s < count; ++s) out[s] = squared_distance<A, kDims>(q, positions + index[s] * D, D);
+}
 
-  bool inside(int64_t j, int64_t N) const { return static_cast<uint64_t>(j) < static_cast<uint64_t>(N); }
-
-  A squared_distance(int64_t j, int64_t D) const {
-    A total = 0;
-    for (int64_t a = 0; a < D; ++a) {
-      const A step = q[a] - positions[j * D + a];
-      total += step * step;
+template <class A, class V>
+inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w) {
+  Query<A, V> query = {0, w.index.data, w.slot.data, w.rows.data, w.gauss.data, w.weight.data, w.sq_dist.data, true};
+  const int64_t* index = g.indices + i * g.k;
+  const V* values = static_cast<const V*>(g.values);
+  for (int64_t s = 0; s < g.k; ++s) {
+    const int64_t j = index[s];
+    if (static_cast<uint64_t>(j) < static_cast<uint64_t>(g.N)) {
+      query.index[query.count] = j;
+      query.slot[query.count] = s;
+      query.rows[query.count] = values + j * g.values_stride;
+      ++query.count;
+    } else {
+      query.valid &= j == -1;
     }
-    return total;
   }
-
-  A weights(const GatherProblem& g, A* gauss) const {
-    const A scale = A(-0.5) / (sigma * sigma);
-    A top = -INFINITY;
-    for (int64_t s = 0; s < g.k; ++s) {
-      const int64_t j = index[s];
-      gauss[s] = inside(j, g.N) ? scale * squared_distance(j, g.D) : A(-INFINITY);
-      if (gauss[s] > top) top = gauss[s];
-    }
-    if (g.normalize && top > -INFINITY)
-      for (int64_t s = 0; s < g.k; ++s) gauss[s] -= top;
-    exp_nonpositive(gauss, g.k);
-    if (!g.normalize) return 1;
+  const A* q = static_cast<const A*>(g.queries) + i * g.D;
+  switch (g.D) {
+    case 1: squared_distances<A, 1>(g, q, query.count, query.index, query.sq_dist); break;
+    case 2: squared_distances<A, 2>(g, q, query.count, query.index, query.sq_dist); break;
+    case 3: squared_distances<A, 3>(g, q, query.count, query.index, query.sq_dist); break;
+    default: squared_distances<A, 0>(g, q, query.count, query.index, query.sq_dist);
+  }
+  const A sigma = static_cast<A>(g.sigma), scale = A(-0.5) / (sigma * sigma);
+  A top = -INFINITY;
+  for (int64_t s = 0; s < query.count; ++s) {
+    query.gauss[s] = scale * query.sq_dist[s];
+    if (query.gauss[s] > top) top = query.gauss[s];
+  }
+  if (g.normalize && top > -INFINITY)
+    for (int64_t s = 0; s < query.count; ++s) query.gauss[s] -= top;
+  exp_nonpositive(query.gauss, query.count);
+  const A* influence = static_cast<const A*>(g.influence);
+  for (int64_t s = 0; s < query.count; ++s)
+    query.weight[s] = influence ? query.gauss[s] * influence[query.index[s]] : query.gauss[s];
+  if (g.normalize) {
     A total = 0;
-    for (int64_t s = 0; s < g.k; ++s)
-      if (inside(index[s], g.N)) total += influence ? influence[index[s]] * gauss[s] : gauss[s];
-    return total != 0 ? 1 / total : 0;
+    for (int64_t s = 0; s < query.count; ++s) total += query.weight[s];
+    const A factor = total != 0 ? 1 / total : 0;
+    for (int64_t s = 0; s < query.count; ++s) {
+      query.gauss[s] *= factor;
+      query.weight[s] *= factor;
+    }
   }
-};
-
-template <class A>
-Query<A> query_of(const GatherProblem& g, int64_t flat) {
-  const Place at = place_of(flat, g.H, g.M);
-  const int64_t group = at.b * g.H + at.h;
-  return {static_cast<const A*>(g.positions) + group * g.N * g.D,
-          g.influence ? static_cast<const A*>(g.influence) + group * g.N : nullptr,
-          static_cast<const A*>(g.queries) + flat * g.D, g.indices + flat * g.k,
-          static_cast<const A*>(g.sigma)[at.h]};
+  return query;
 }
 
 template <class A, class V>
 bool forward(const GatherProblem& g, int64_t begin, int64_t end) {
   bool valid = true;
-  Scratch<A> weight(g.k);
-  for (int64_t flat = begin; flat < end; ++flat) {
-    const Place at = place_of(flat, g.H, g.M);
-    const Query<A> query = query_of<A>(g, flat);
-    const A factor = query.weights(g, weight.data);
-    for (int64_t s = 0; s < g.k; ++s) {
-      const int64_t j = query.index[s];
-      if (!query.inside(j, g.N)) {
-        valid &= j == -1;
-        weight[s] = 0;
-      } else {
-        weight[s] *= query.influence ? factor * query.influence[j] : factor;
-      }
-    }
-    weighted_sum<A, V>(
-        g.k, g.c, weight.data,
-        [&](int64_t s) -> const V* {
-          return query.inside(query.index[s], g.N) ? g.values.row<V>(at.b, at.h, query.index[s]) : nullptr;
-        },
-        g.out.row<V>(at.b, at.h, at.i));
+  Workspace<A, V> w(g.k);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t i = g.query_order ? g.query_order[at] : at;
+    const Query<A, V> query = look_up<A, V>(g, i, w);
+    valid &= query.valid;
+    weighted_sum<A, V>(query.count, g.c, query.weight, query.rows, static_cast<V*>(g.out) + i * g.out_stride);
   }
   return valid;
 }
 
 template <class A, class V>
 void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
-  Scratch<A> gauss(g.k), along(g.k);
-  for (int64_t flat = begin; flat < end; ++flat) {
-    const Place at = place_of(flat, g.H, g.M);
-    const Query<A> query = query_of<A>(g, flat);
-    const A factor = query.weights(g, gauss.data);
-    const V* grad = g.grad.row<V>(at.b, at.h, at.i);
-    A* edge_weight = static_cast<A*>(g.edge_weight) + flat * g.k;
-    A* edge_slope = static_cast<A*>(g.edge_slope) + flat * g.k;
-    A* edge_influence = g.edge_influence ? static_cast<A*>(g.edge_influence) + flat * g.k : nullptr;
-    A* grad_query = static_cast<A*>(g.grad_queries) + flat * g.D;
+  Workspace<A, V> w(g.k);
+  Edge<A>* edges = static_cast<Edge<A>*>(g.edges);
+  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t i = g.query_order ? g.query_order[at] : at;
+    const Query<A, V> query = look_up<A, V>(g, i, w);
+    A* along = w.along.data;
+    for (int64_t s = 0; s < query.count; ++s) along[s] = 0;
+    if (g.slopes) {
+      dots<A, V>(query.count, g.c, static_cast<const V*>(g.grad) + i * g.grad_stride, query.rows, along);
+      if (g.normalize) {
+        A mean = 0;  // <grad_i, y_i>: the part that normalisation takes away
+        for (int64_t s = 0; s < query.count; ++s) mean += query.weight[s] * along[s];
+        for (int64_t s = 0; s < query.count; ++s) along[s] -= mean;
+      }
+    }
+    if (edges) {
+      for (int64_t s = 0; s < query.count; ++s) {
+        const int64_t e = i * g.k + query.slot[s];
+        edges[g.slots ? int64_t(g.slots[e]) : g.slots64[e]] = {
+            static_cast<uint32_t>(i), query.weight[s], query.weight[s] * along[s], query.gauss[s] * along[s]};
+      }
+    }
+    if (g.grad_queries) {
+      A* grad = static_cast<A*>(g.grad_queries) + i * g.D;
+      const A* q = static_cast<const A*>(g.queries) + i * g.D;
+      const A* positions = static_cast<const A*>(g.positions);
+      for (int64_t a = 0; a < g.D; ++a) {
+        A total = 0;
+        for (int64_t s = 0; s < query.count; ++s)
+          total -= query.weight[s] * along[s] * (q[a] - positions[query.index[s] * g.D + a]);
+        grad[a] = total * precision;
+      }
+    }
+    if (g.grad_sigma_rows) {
+      A total = 0;
+      for (int64_t s = 0; s < query.count; ++s) total += query.weight[s] * along[s] * query.sq_dist[s];
+      static_cast<A*>(g.grad_sigma_rows)[i] = total * precision / sigma;
+    }
+  }
+}
 
-    A mean = 0;  // <grad_i, y_i>: the part that normalisation takes away
-    for (int64_t s = 0; s < g.k; ++s) {
-      const int64_t j = query.index[s];
-      edge_weight[s] = along[s] = 0;
-      if (!query.inside(j, g.N)) continue;
-      edge_weight[s] = gauss[s] * factor * (query.influence ? query.influence[j] : A(1));
-      along[s] = dot<A>(g.c, grad, g.values.row<V>(at.b, at.h, j));
-      if (g.normalize) mean += edge_weight[s] * along[s];
-    }
-    for (int64_t a = 0; a < g.D; ++a) grad_query[a] = 0;
-    A grad_sigma = 0;
-    const A precision = 1 / (query.sigma * query.sigma);
-    for (int64_t s = 0; s < g.k; ++s) {
-      const int64_t j = query.index[s];
-      edge_slope[s] = 0;
-      if (edge_influence) edge_influence[s] = 0;
-      if (!query.inside(j, g.N)) continue;
-      const A slope = edge_weight[s] * (along[s] - mean);
-      edge_slope[s] = slope;
-      if (edge_influence) edge_influence[s] = gauss[s] * factor * (along[s] - mean);
-      for (int64_t a = 0; a < g.D; ++a)
-        grad_query[a] -= slope * precision * (query.q[a] - query.positions[j * g.D + a]);
-      grad_sigma += slope * query.squared_distance(j, g.D);
-    }
-    static_cast<A*>(g.grad_sigma_rows)[flat] = grad_sigma * precision / query.sigma;
+// What the edges [first, last) bring to the position and the influence of the entity at p.
+template <class A>
+inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_t last, A* grad_p, A* grad_influence) {
+  const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
+  const A* queries = static_cast<const A*>(g.queries);
+  for (int64_t e = first; e < last; ++e) {
+    if (g.grad_positions)
+      for (int64_t a = 0; a < g.D; ++a) grad_p[a] += edges[e].slope * (queries[edges[e].query * g.D + a] - p[a]);
+    *grad_influence += edges[e].influence;
   }
 }
 
 template <class A, class V>
-void backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
-  for (int64_t flat = begin; flat < end; ++flat) {
-    const Place at = place_of(flat, g.H, g.N);
-    const int64_t group = at.b * g.H + at.h;
-    const int64_t* starts = g.edge_starts + group * (g.N + 1) + at.i;
-    const int64_t count = starts[1] - starts[0];
-    const int64_t* edge = g.edges + group * g.M * g.k + starts[0];
-    const A* weight = static_cast<const A*>(g.edge_weight) + group * g.M * g.k;
-    const A* slope = static_cast<const A*>(g.edge_slope) + group * g.M * g.k;
-    const A* queries = static_cast<const A*>(g.queries) + group * g.M * g.D;
-    const A* p = static_cast<const A*>(g.positions) + flat * g.D;
-    A* grad_p = static_cast<A*>(g.grad_positions) + flat * g.D;
+struct List {
+  Scratch<const V*> rows;
+  Scratch<A> weight;
+  explicit List(int64_t n) : rows(n), weight(n) {}
 
-    Scratch<A> own(count);
-    for (int64_t e = 0; e < count; ++e) own[e] = weight[edge[e]];
-    weighted_sum<A, V>(
-        count, g.c, own.data, [&](int64_t e) -> const V* { return g.grad.row<V>(at.b, at.h, edge[e] / g.k); },
-        g.grad_values.row<V>(at.b, at.h, at.i));
-
-    const A sigma = static_cast<const A*>(g.sigma)[at.h];
-    const A precision = 1 / (sigma * sigma);
-    for (int64_t a = 0; a < g.D; ++a) {
-      A total = 0;
-      for (int64_t e = 0; e < count; ++e) total += slope[edge[e]] * (queries[edge[e] / g.k * g.D + a] - p[a]);
-      grad_p[a] = total * precision;
-    }
-    if (g.grad_influence) {
-      const A* through = static_cast<const A*>(g.edge_influence) + group * g.M * g.k;
-      A total = 0;
-      for (int64_t e = 0; e < count; ++e) total += through[edge[e]];
-      static_cast<A*>(g.grad_influence)[flat] = total;
+  void read(const GatherProblem& g, int64_t first, int64_t last) {
+    const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
+    for (int64_t e = first; e < last; ++e) {
+      rows[e - first] = static_cast<const V*>(g.grad) + edges[e].query * g.grad_stride;
+      weight[e - first] = edges[e].weight;
     }
   }
+};
+
+template <class A>
+inline void finish(const GatherProblem& g, int64_t j, const A* grad_p, A grad_influence) {
+  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
+  if (g.grad_positions)
+    for (int64_t a = 0; a < g.D; ++a) static_cast<A*>(g.grad_positions)[j * g.D + a] = grad_p[a] * precision;
+  if (g.grad_influence) static_cast<A*>(g.grad_influence)[j] = grad_influence;
+}
+
+template <class A, class V>
+void backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
+  List<A, V> list(kHub);
+  Scratch<A> grad_p(g.D);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t j = g.entity_order ? g.entity_order[at] : at;
+    const int64_t first = g.starts[j], last = g.starts[j + 1];
+    if (last - first > kHub) continue;
+    if (g.grad_values) {
+      list.read(g, first, last);
+      weighted_sum<A, V>(last - first, g.c, list.weight.data, list.rows.data,
+                         static_cast<V*>(g.grad_values) + j * g.grad_values_stride);
+    }
+    if (!g.slopes) continue;
+    for (int64_t a = 0; a < g.D; ++a) grad_p[a] = 0;
+    A grad_influence = 0;
+    add_slopes<A>(g, static_cast<const A*>(g.positions) + j * g.D, first, last, grad_p.data, &grad_influence);
+    finish<A>(g, j, grad_p.data, grad_influence);
+  }
+}
+
+template <class A, class V>
+void backward_piece(const GatherProblem& g, int64_t j, int64_t piece, A* sums) {
+  const int64_t first = g.starts[j] + piece * kHub;
+  const int64_t last = first + kHub < g.starts[j + 1] ? first + kHub : g.starts[j + 1];
+  for (int64_t x = 0; x < g.c + g.D + 1; ++x) sums[x] = 0;
+  if (g.grad_values) {
+    List<A, V> list(last - first);
+    list.read(g, first, last);
+    weighted_sum<A, V>(last - first, g.c, list.weight.data, list.rows.data, sums);
+  }
+  add_slopes<A>(g, static_cast<const A*>(g.positions) + j * g.D, first, last, sums + g.c, sums + g.c + g.D);
+}
+
+template <class A, class V>
+void backward_hub(const GatherProblem& g, int64_t j, int64_t pieces, const A* sums) {
+  const int64_t n = g.c + g.D + 1;
+  Scratch<A> total(n);
+  for (int64_t x = 0; x < n; ++x) total[x] = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t x = 0; x < n; ++x) total[x] += sums[piece * n + x];
+  if (g.grad_values)
+    for (int64_t x = 0; x < g.c; ++x)
+      from_float(total[x], static_cast<V*>(g.grad_values) + j * g.grad_values_stride + x);
+  finish<A>(g, j, total.data + g.c, total[g.c + g.D]);
+}
+
+template <class A, class V>
+void any_piece(const GatherProblem& g, int64_t j, int64_t piece, void* sums) {
+  backward_piece<A, V>(g, j, piece, static_cast<A*>(sums));
+}
+template <class A, class V>
+void any_hub(const GatherProblem& g, int64_t j, int64_t pieces, const void* sums) {
+  backward_hub<A, V>(g, j, pieces, static_cast<const A*>(sums));
 }
 
 }  // namespace
@@ -217,6 +249,12 @@ void gather_backward_queries(const GatherProblem& g, int64_t begin, int64_t end)
 }
 void gather_backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
   DFN_BY_DTYPE(g, backward_entities, begin, end);
+}
+void gather_backward_piece(const GatherProblem& g, int64_t entity, int64_t piece, void* sums) {
+  DFN_BY_DTYPE(g, any_piece, entity, piece, sums);
+}
+void gather_backward_hub(const GatherProblem& g, int64_t entity, int64_t pieces, const void* sums) {
+  DFN_BY_DTYPE(g, any_hub, entity, pieces, sums);
 }
 
 }  // namespace dfn::DFN_ISA

@@ -124,8 +124,21 @@ inline Vec<float> load(const Half* p) {
 
 inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, kBytes); }
 inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, kBytes); }
-template <class V> inline void store(Vec<float> v, V* p) {
+inline void store(Vec<float> v, BFloat16* p) {
+  UintVec bits;
+  std::memcpy(&bits, &v, kBytes);
+  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const ShortVec out = __builtin_convertvector(v != v ? UintVec{} + 0x7fc0 : rounded, ShortVec);
+  std::memcpy(p, &out, kBytes / 2);
+}
+inline void store(Vec<float> v, Half* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+#else
   for (int l = 0; l < kLanes<float>; ++l) from_float(v[l], p + l);
+#endif
 }
 
 template <class A> inline Vec<A> splat(A x) { return x - Vec<A>{}; }

@@ -259,6 +259,7 @@ def gaussian_gather(
     normalize: bool,
 ) -> Tensor:  # fmt: skip
     B, H, N, D = positions.shape
+    indices = indices.expand(B, H, -1, -1).contiguous()
     M, k = indices.shape[2:]
     c = values.shape[3]
     out = values.new_empty(B, M, H, c).transpose(1, 2)
@@ -288,11 +289,17 @@ def transpose_neighbors(indices: Tensor, N: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ordered, wanted), edges
 
 
+def _only(wanted: int, *grads: Tensor) -> tuple[Tensor, ...]:
+    """Bit i of `wanted` keeps grads[i]; the others become empty."""
+    return tuple(x if wanted >> i & 1 else x.new_empty(0) for i, x in enumerate(grads))
+
+
 def gaussian_gather_backward(
     grad: Tensor, positions: Tensor, queries: Tensor, values: Tensor, indices: Tensor, sigma: Tensor,
-    influence: Tensor | None, normalize: bool,
+    influence: Tensor | None, normalize: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, N, D = positions.shape
+    indices = indices.expand(B, H, -1, -1).contiguous()
     M, k = indices.shape[2:]
     c = values.shape[3]
     has_influence = influence is not None
@@ -301,7 +308,7 @@ def gaussian_gather_backward(
     grad_values = values.new_empty(B, N, H, c).transpose(1, 2)
     grad_influence = torch.zeros_like(influence) if has_influence else positions.new_empty(0)
     if B * H * N * M * k == 0:
-        return grad_positions, grad_queries, grad_values.zero_(), torch.zeros_like(sigma), grad_influence
+        return _only(wanted, grad_positions, grad_queries, grad_values.zero_(), torch.zeros_like(sigma), grad_influence)
     edge_weight = positions.new_empty(B, H, M, k)
     edge_slope = positions.new_empty(B, H, M, k)
     edge_influence = positions.new_empty(B, H, M, k) if has_influence else edge_slope
@@ -321,17 +328,18 @@ def gaussian_gather_backward(
         HAS_INFLUENCE=has_influence, NORMALIZE=normalize, BM=128, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     starts, edges = transpose_neighbors(indices, N)
-    if c > 0:
+    if c > 0 and wanted & 4:
         backward_values_kernel[(B * H * triton.cdiv(N, rows) * triton.cdiv(c, channels),)](
             grad, starts, edges, edge_weight,
             grad_values,
             H, N, M, c, k, *_row_strides(grad), *_row_strides(grad_values),
             BN=rows, BC=channels, num_warps=4, **NO_SPILLS,
         )  # fmt: skip
-    backward_positions_kernel[(B * H * triton.cdiv(N, 128),)](
-        positions, queries, sigma, starts, edges, edge_slope, edge_influence,
-        grad_positions, grad_influence,
-        H, N, M, D, k,
-        HAS_INFLUENCE=has_influence, BN=128, num_warps=4, **NO_SPILLS,
-    )  # fmt: skip
-    return grad_positions, grad_queries, grad_values, sigma_rows.sum((0, 2)), grad_influence
+    if wanted & (1 | 16):
+        backward_positions_kernel[(B * H * triton.cdiv(N, 128),)](
+            positions, queries, sigma, starts, edges, edge_slope, edge_influence,
+            grad_positions, grad_influence,
+            H, N, M, D, k,
+            HAS_INFLUENCE=has_influence, BN=128, num_warps=4, **NO_SPILLS,
+        )  # fmt: skip
+    return _only(wanted, grad_positions, grad_queries, grad_values, sigma_rows.sum((0, 2)), grad_influence)

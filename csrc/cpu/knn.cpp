@@ -1,0 +1,138 @@
+// dfn_cpu::knn: batches, ragged lengths and threads around the engine of knn/. Meaning: dfn_kernels/knn.py.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "common/tensors.h"
+#include "cpu/knn/engine.h"
+
+namespace dfn {
+namespace {
+
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+knn::Pool torch_pool() {
+  knn::Pool pool;
+  pool.threads = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
+  pool.run = [](int count, const std::function<void(int)>& body) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+    });
+  };
+  return pool;
+}
+
+int64_t length_of(const std::optional<Tensor>& lengths, int64_t b, int64_t most) {
+  if (!lengths) return most;
+  return std::clamp<int64_t>(static_cast<const int64_t*>(lengths->data_ptr())[b], 0, most);
+}
+
+// Of each query, the largest distance to the k points of `warm`, if they are k distinct points that it may see: then
+// its k-th neighbour is at most that far. Else inf.
+template <class T>
+void warm_bounds(const knn::Request<T>& r, const int64_t* warm, T* bound, const knn::Pool& pool) {
+  const T* queries = r.queries ? r.queries : r.points;
+  knn::for_pieces(pool, r.m, 1024, [&](int, int64_t begin, int64_t end) {
+    std::vector<int64_t> seen(r.k);
+    for (int64_t i = begin; i < end; ++i) {
+      T most = 0;
+      bool usable = true;
+      for (int s = 0; s < r.k && usable; ++s) {
+        const int64_t j = warm[i * r.k + s];
+        usable = j >= 0 && j < r.n && (r.include_self || j != i) && (!r.causal || j <= i);
+        if (!usable) break;
+        seen[s] = j;
+        T sum = 0;
+        for (int d = 0; d < r.dims; ++d) {
+          const T x = r.points[j * r.dims + d] - queries[i * r.dims + d];
+          sum += x * x;
+        }
+        usable = sum < std::numeric_limits<T>::infinity();
+        most = std::max(most, sum);
+      }
+      std::sort(seen.begin(), seen.end());
+      usable = usable && std::adjacent_find(seen.begin(), seen.end()) == seen.end();
+      bound[i] = usable ? most : std::numeric_limits<T>::infinity();
+    }
+  });
+}
+
+template <class T>
+void fill(knn::Request<T>& r, int64_t from, int64_t rows) {
+  std::fill(r.ids + from * r.k, r.ids + rows * r.k, int64_t(-1));
+  std::fill(r.dists + from * r.k, r.dists + rows * r.k, std::numeric_limits<T>::infinity());
+}
+
+template <class T>
+void run(const Tensor& points, const std::optional<Tensor>& queries, const std::optional<Tensor>& lengths,
+         const std::optional<Tensor>& query_lengths, int64_t k, bool causal, bool include_self,
+         const std::optional<Tensor>& warm, Tensor& ids, Tensor& dists) {
+  const int64_t B = points.size(0), N = points.size(1), D = points.size(2), M = ids.size(1);
+  const knn::Pool pool = torch_pool();
+  auto one = [&](int64_t b, const knn::Pool& threads) {
+    knn::Request<T> r{};
+    r.points = static_cast<const T*>(points.data_ptr()) + b * N * D;
+    r.n = length_of(lengths, b, N);
+    r.queries = queries ? static_cast<const T*>(queries->data_ptr()) + b * M * D : nullptr;
+    r.m = queries ? length_of(query_lengths, b, M) : r.n;
+    r.dims = static_cast<int>(D);
+    r.k = static_cast<int>(k);
+    r.causal = causal;
+    r.include_self = include_self;
+    r.ids = static_cast<int64_t*>(ids.data_ptr()) + b * M * k;
+    r.dists = static_cast<T*>(dists.data_ptr()) + b * M * k;
+    std::vector<T> bound;
+    if (warm) {
+      bound.resize(r.m);
+      warm_bounds(r, static_cast<const int64_t*>(warm->data_ptr()) + b * M * k, bound.data(), threads);
+      r.bound = bound.data();
+    }
+    knn::search(r, threads);
+    fill(r, r.m, M);
+  };
+  // Many small sets: one thread each. Few or large ones: all threads on each in turn.
+  if (B >= pool.threads && std::max(N, M) <= 65536) {
+    knn::for_pieces(pool, B, 1, [&](int, int64_t b, int64_t) { one(b, knn::Pool{}); });
+  } else {
+    for (int64_t b = 0; b < B; ++b) one(b, pool);
+  }
+}
+
+// -> indices [B, M, k] int64, squared distances [B, M, k]
+std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tensor>& queries,
+                                  const std::optional<Tensor>& lengths, const std::optional<Tensor>& query_lengths,
+                                  int64_t k, bool causal, bool include_self, const std::optional<Tensor>& warm) {
+  STD_TORCH_CHECK(points.dim() == 3, "points: expected 3 dimensions");
+  const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
+  const ScalarType real = points.scalar_type();
+  STD_TORCH_CHECK(real == ScalarType::Float || real == ScalarType::Double, "points: expected float32 or float64");
+  STD_TORCH_CHECK(k >= 1 && k <= knn::kMaxK && D >= 1, "k or D out of range");
+  check_dense(points, "points", real, {B, N, D});
+  const int64_t M = queries ? queries->size(1) : N;
+  // With as many queries as points, query i belongs to point i (flow_attention's receivers).
+  STD_TORCH_CHECK(M == N || (!causal && include_self), "queries: neither causal nor without self");
+  STD_TORCH_CHECK(N < (int64_t(1) << 31) && M < (int64_t(1) << 31), "points: expected fewer than 2^31");
+  if (queries) check_dense(*queries, "queries", real, {B, M, D});
+  if (lengths) check_dense(*lengths, "lengths", ScalarType::Long, {B});
+  if (query_lengths) check_dense(*query_lengths, "query_lengths", ScalarType::Long, {B});
+  if (warm) check_dense(*warm, "warm", ScalarType::Long, {B, M, k});
+  Tensor ids = new_empty(points, {B, M, k}, ScalarType::Long);
+  Tensor dists = new_empty(points, {B, M, k});
+  if (real == ScalarType::Float)
+    run<float>(points, queries, lengths, query_lengths, k, causal, include_self, warm, ids, dists);
+  else
+    run<double>(points, queries, lengths, query_lengths, k, causal, include_self, warm, ids, dists);
+  return {ids, dists};
+}
+
+}  // namespace
+}  // namespace dfn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cpu, m) {
+  m.def("knn(Tensor points, Tensor? queries, Tensor? lengths, Tensor? query_lengths, int k, bool causal, "
+        "bool include_self, Tensor? warm) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(dfn_cpu, CPU, m) { m.impl("knn", TORCH_BOX(&dfn::knn_op)); }

@@ -1,0 +1,76 @@
+// What the builder hands to the search kernels. Plain data only: this header is included by files that are compiled
+// for several instruction sets, so it must not define any function that a linker could take from the wrong one.
+#pragma once
+
+#include <cstdint>
+
+namespace dfn::knn {
+
+constexpr uint32_t kNoPoint = 0xFFFFFFFFu;  // the index of a neighbour that does not exist
+constexpr int kMaxK = 1024;
+
+// Which candidates a query may see.
+enum class Mask : int {
+  all,      // every one
+  limit,    // id <= limit of the query, where limit = id or id - 1: causal search
+  not_self  // id != the query's id
+};
+
+// Points in the order of an equi-depth grid: slabs along axis 0, strips inside each slab along axis 1, and every
+// strip sorted by (sort axis, the other coordinates, id). Grid axes are dimensions of the data; unused levels have
+// one cell with the bounds -inf, inf. Coordinates lie as columns: coords[dim * stride + place].
+template <class T>
+struct Grid {
+  const T* coords;              // [D][stride]
+  int64_t stride;
+  const uint32_t* ids;          // [n]
+  uint32_t n;
+  int dims;                     // D
+  int slab_axis, strip_axis, sort_axis;
+  uint32_t slabs, strips;
+  const uint32_t* slab_begin;   // [slabs + 1], first strip of each slab
+  const uint32_t* strip_begin;  // [strips + 1], first place of each strip
+  const T *slab_lo, *slab_hi;   // [slabs], the extent along slab_axis
+  const T *strip_lo, *strip_hi; // [strips], the extent along strip_axis
+};
+
+// One search: all queries of `queries`, cell by cell, against `points`. Both have the same cells.
+template <class T>
+struct Search {
+  const Grid<T>* points;
+  const Grid<T>* queries;
+  uint32_t first_query;  // queries with a lower id are skipped (causal levels)
+  Mask mask;
+  bool self_allowed;     // for Mask::limit: limit = id, else id - 1
+  int k;                 // columns of the output
+  const T* bound;        // [ids] or null: no k-th distance is above it (warm start)
+  int64_t* out_ids;      // [ids][k]
+  T* out_dists;          // [ids][k]
+};
+
+// Memory of one worker, see Scratches in engine.cpp.
+struct Scratch {
+  void* best;            // [2][K][8] keys
+  void* pending;         // [2][max(K, 8) + 8][8] distances
+  uint32_t* pending_id;  // [2][max(K, 8) + 8]
+  void* keys;            // [K][8] keys
+  void* queries;         // [2][D][8] coordinates
+  uint32_t* place_hint;  // [strips]
+  uint32_t* strip_hint;  // [slabs]
+};
+
+// The functions that exist once per instruction set.
+template <class T>
+struct Kernels {
+  // The queries [begin, end) of the search: through the cells, or each against every point (no cells needed; both
+  // sides in ascending order of ids).
+  void (*search)(const Search<T>&, uint32_t begin, uint32_t end, const Scratch&);
+  void (*scan)(const Search<T>&, uint32_t begin, uint32_t end, const Scratch&);
+};
+
+struct KernelTable {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace dfn::knn

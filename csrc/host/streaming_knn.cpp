@@ -1,0 +1,197 @@
+// StreamingKNN: NumPy in, NumPy out. The mutex guards the trees; the GIL is released while they are searched.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cpu/knn/parallel.h"
+#include "host/growing_tree.h"
+
+namespace py = pybind11;
+
+namespace dfn {
+namespace {
+
+template <class T>
+using Trees = std::vector<GrowingTree<T>>;
+
+std::string shape_of(const py::array& a) {
+  std::string text = "[";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+  return text + "]";
+}
+
+class StreamingKNN {
+ public:
+  StreamingKNN(int64_t streams, int64_t dim, const py::object& dtype) : streams_(streams), dim_(dim) {
+    if (streams < 0) throw py::value_error("StreamingKNN: streams must not be negative, got " + std::to_string(streams));
+    if (dim < 1) throw py::value_error("StreamingKNN: dim must be at least 1, got " + std::to_string(dim));
+    const py::dtype kind = py::dtype::from_args(dtype);
+    if (kind.kind() == 'f' && kind.itemsize() == 4)
+      trees_ = Trees<float>(streams, GrowingTree<float>(static_cast<int>(dim)));
+    else if (kind.kind() == 'f' && kind.itemsize() == 8)
+      trees_ = Trees<double>(streams, GrowingTree<double>(static_cast<int>(dim)));
+    else
+      throw py::type_error("StreamingKNN: dtype must be float32 or float64, got " + std::string(py::str(kind)));
+  }
+  StreamingKNN(const StreamingKNN& other) : streams_(other.streams_), dim_(other.dim_) {
+    const py::gil_scoped_release nogil;
+    const std::lock_guard lock(other.mutex_);
+    trees_ = other.trees_;
+  }
+
+  py::tuple append(const py::array& points, int64_t k) {
+    return std::visit([&](auto& trees) { return append_as(trees, points, k); }, trees_);
+  }
+  void extend(const py::array& points) {
+    std::visit([&](auto& trees) { extend_as(trees, points); }, trees_);
+  }
+  py::tuple query(const py::array& points, int64_t k) const {
+    return std::visit([&](auto& trees) { return query_as(trees, points, k); }, trees_);
+  }
+
+  int64_t size() const {
+    const py::gil_scoped_release nogil;
+    const std::lock_guard lock(mutex_);
+    return std::visit([](auto& trees) { return trees.empty() ? int64_t(0) : trees[0].size(); }, trees_);
+  }
+  int64_t streams() const { return streams_; }
+  int64_t dim() const { return dim_; }
+  py::dtype dtype() const { return trees_.index() == 0 ? py::dtype::of<float>() : py::dtype::of<double>(); }
+
+  // Every point ever appended, [S, n, D]: all there is to know.
+  py::array points() const {
+    return std::visit([&](auto& trees) -> py::array { return points_as(trees); }, trees_);
+  }
+
+ private:
+  template <class T>
+  py::array_t<T, py::array::c_style> checked(const py::array& points, const char* call, int dims, bool also_2d) const {
+    const bool shaped = (points.ndim() == dims || (also_2d && points.ndim() == 2)) && points.shape(0) == streams_ &&
+                        points.shape(points.ndim() - 1) == dim_;
+    const std::string who = std::string("StreamingKNN.") + call + ": points must ";
+    if (!shaped)
+      throw py::value_error(who + "have shape [S, " + (dims == 3 ? also_2d ? "(m,) " : "n, " : "") + "D] with S = " +
+                            std::to_string(streams_) + ", D = " + std::to_string(dim_) + ", got " + shape_of(points));
+    const bool fits = points.dtype().kind() == 'f' && points.dtype().itemsize() <= static_cast<py::ssize_t>(sizeof(T));
+    if (!fits)
+      throw py::type_error(who + "be " + std::string(py::str(dtype())) + " or narrower floats, got " +
+                           std::string(py::str(points.dtype())));
+    return py::array_t<T, py::array::c_style>::ensure(points);
+  }
+
+  static int checked_k(int64_t k, const char* call) {
+    if (k < 1 || k > 1024)
+      throw py::value_error(std::string("StreamingKNN.") + call + ": k must be between 1 and 1024, got " + std::to_string(k));
+    return static_cast<int>(k);
+  }
+
+  template <class T>
+  py::tuple append_as(Trees<T>& trees, const py::array& given, int64_t k) {
+    const int n = checked_k(k, "append");
+    const auto points = checked<T>(given, "append", 2, false);
+    py::array_t<int64_t> ids({streams_, k});
+    py::array_t<T> dists({streams_, k});
+    const T* p = points.data();
+    int64_t* i = ids.mutable_data();
+    T* d = dists.mutable_data();
+    {
+      const py::gil_scoped_release nogil;
+      const std::lock_guard lock(mutex_);
+      const knn::ExactFloats exact;
+      for (int64_t s = 0; s < streams_; ++s) {
+        trees[s].query(p + s * dim_, n, i + s * k, d + s * k);
+        trees[s].append(p + s * dim_);
+      }
+    }
+    return py::make_tuple(ids, dists);
+  }
+
+  template <class T>
+  void extend_as(Trees<T>& trees, const py::array& given) {
+    const auto points = checked<T>(given, "extend", 3, false);
+    const int64_t n = points.shape(1);
+    const T* p = points.data();
+    const py::gil_scoped_release nogil;
+    const std::lock_guard lock(mutex_);
+    const knn::ExactFloats exact;
+    for (int64_t s = 0; s < streams_; ++s) trees[s].extend(p + s * n * dim_, n);
+  }
+
+  template <class T>
+  py::tuple query_as(const Trees<T>& trees, const py::array& given, int64_t k) const {
+    const int n = checked_k(k, "query");
+    const auto points = checked<T>(given, "query", 3, true);
+    const int64_t m = points.ndim() == 3 ? points.shape(1) : 1;
+    std::vector<py::ssize_t> shape(points.shape(), points.shape() + points.ndim());
+    shape.back() = k;
+    py::array_t<int64_t> ids(shape);
+    py::array_t<T> dists(shape);
+    const T* p = points.data();
+    int64_t* i = ids.mutable_data();
+    T* d = dists.mutable_data();
+    {
+      const py::gil_scoped_release nogil;
+      const std::lock_guard lock(mutex_);
+      const knn::ExactFloats exact;
+      for (int64_t r = 0; r < streams_ * m; ++r) trees[r / m].query(p + r * dim_, n, i + r * k, d + r * k);
+    }
+    return py::make_tuple(ids, dists);
+  }
+
+  template <class T>
+  py::array points_as(const Trees<T>& trees) const {
+    const std::lock_guard lock(mutex_);
+    const int64_t n = trees.empty() ? 0 : trees[0].size();
+    py::array_t<T> out({streams_, n, dim_});
+    for (int64_t s = 0; s < streams_; ++s)
+      std::copy(trees[s].points().begin(), trees[s].points().end(), out.mutable_data() + s * n * dim_);
+    return out;
+  }
+
+  int64_t streams_, dim_;
+  std::variant<Trees<float>, Trees<double>> trees_;
+  mutable std::mutex mutex_;
+};
+
+}  // namespace
+
+void bind_streaming_knn(py::module_& m) {
+  py::class_<StreamingKNN>(m, "StreamingKNN", R"(Exact nearest neighbours among points that keep coming, for decoding step by step.
+
+StreamingKNN(streams, dim, dtype="float32") holds one growing set of points per stream (a batch entry, a head). Arrays
+are NumPy's. Order, ties, missing neighbours and distances are those of `knn`, to the bit; a point's index is the number
+of points appended to its stream before it. Points with a NaN or an infinity take an index, but are nobody's neighbours.
+An append costs O(log n), amortised. Pickles and copies; calls from several threads wait for each other.)")
+      .def(py::init<int64_t, int64_t, py::object>(), py::arg("streams"), py::arg("dim"), py::arg("dtype") = "float32")
+      .def("append", &StreamingKNN::append, py::arg("points"), py::arg("k"),
+           "points [S, D] -> (indices [S, k], sq_dists [S, k]) of the k nearest earlier points; then adds the points.")
+      .def("extend", &StreamingKNN::extend, py::arg("points"), "Adds points [S, n, D] without a search.")
+      .def("query", &StreamingKNN::query, py::arg("points"), py::arg("k"),
+           "points [S, D] or [S, m, D] -> (indices, sq_dists), [S, (m,) k], among all points added so far.")
+      .def("__len__", &StreamingKNN::size)
+      .def_property_readonly("streams", &StreamingKNN::streams)
+      .def_property_readonly("dim", &StreamingKNN::dim)
+      .def_property_readonly("dtype", &StreamingKNN::dtype)
+      .def_property_readonly("points", &StreamingKNN::points, "Every point added so far, [S, n, D].")
+      .def("__copy__", [](const StreamingKNN& self) { return std::make_unique<StreamingKNN>(self); })
+      .def("__deepcopy__", [](const StreamingKNN& self, const py::dict&) { return std::make_unique<StreamingKNN>(self); })
+      .def("__repr__",
+           [](const StreamingKNN& self) {
+             return "StreamingKNN(streams=" + std::to_string(self.streams()) + ", dim=" + std::to_string(self.dim()) +
+                    ", dtype='" + std::string(py::str(self.dtype())) + "') with " + std::to_string(self.size()) + " points";
+           })
+      .def(py::pickle(
+          [](const StreamingKNN& self) { return py::make_tuple(self.streams(), self.dim(), self.dtype(), self.points()); },
+          [](const py::tuple& state) {
+            auto made = std::make_unique<StreamingKNN>(state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2]);
+            made->extend(state[3].cast<py::array>());
+            return made;
+          }));
+}
+
+}  // namespace dfn

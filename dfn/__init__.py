@@ -1,0 +1,14 @@
+"""Dynamic Flow Networks and FlowNetwork: thin models on the ops of `dfn_kernels`."""
+
+from .layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
+from .models import DFNLanguageModel
+
+__all__ = [
+    "DFNBlock",
+    "DFNLanguageModel",
+    "DFNLayer",
+    "DynamicFlowAttention",
+    "EntityPositions",
+    "FlowMixer",
+    "FlowNorm",
+]

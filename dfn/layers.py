@@ -1,0 +1,256 @@
+"""Layers of Dynamic Flow Networks: parameters plus op calls.
+
+An entity is a position in R^D, a state in R^d and an influence weight. In a layer it drifts along a flow that its state
+prescribes and reads from the nearest neighbours of the place it comes to.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfn_kernels import Drift, flow_attention, flow_norm
+
+
+class FlowNorm(nn.Module):
+    """``FlowNorm(s_i) = s_i / sqrt(E[|f|^2] + eps)``: states divided by the root of their mean flow energy.
+
+    E is the mean over the entities of a sequence (``mode="mean"``, as published), the running mean over ``j <= i``
+    ("causal"), or the entity's own energy ("entity"). ``(states [.., N, d], energy [.., N], lengths=None)`` gives
+    ``[.., N, d]``; rows beyond ``lengths`` are left out of the mean and come out as 0. It has no parameters.
+    """
+
+    def __init__(self, eps: float = 1e-6, mode: str = "mean"):
+        super().__init__()
+        self.eps, self.mode = eps, mode
+
+    def forward(self, states: Tensor, energy: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return flow_norm(states, energy, self.eps, self.mode, lengths)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps:g}, mode={self.mode!r}"
+
+
+class DFNLayer(nn.Module):
+    """One layer of a Dynamic Flow Network, as published.
+
+    ``f_i = W_f s_i``, ``p_i' = p_i + alpha f_i``, ``y_i = sum_{j in N_k(i)} w_j g(|p_i' - p_j'|) W_v s_j`` with
+    ``g(r) = exp(-r^2 / (2 sigma^2))``, then ``s_i' = FlowNorm(MLP([s_i, y_i]))``, where FlowNorm divides by
+    ``sqrt(E[|f|^2] + 1e-6)`` and E is the mean over the entities of the sequence. No residual path and no heads: for
+    training, `DFNBlock` does far better.
+
+    Args:
+        dim: d, the size of a state.
+        k: neighbours that an entity reads from; it is one of them itself.
+        alpha: step length of the drift.
+        pos_dim: D, the dimension of a position; ``dim`` without it, as published.
+        sigma: width of the Gaussian.
+        causal: an entity reads only from itself and earlier ones, and E is the running mean over them.
+
+    Call: ``(states [B, N, d], positions [B, N, D], influence [B, N] = 1, lengths int64 [B] = N)`` gives
+    ``(states [B, N, d], positions [B, N, D])``. Entities beyond ``lengths`` are padding: nobody reads them, and
+    their states come out as 0.
+    """
+
+    def __init__(self, dim: int, k: int = 16, alpha: float = 0.1, *, pos_dim: int | None = None, sigma: float = 1.0,
+                 causal: bool = False):  # fmt: skip
+        super().__init__()
+        self.k, self.alpha, self.sigma, self.causal = k, alpha, sigma, causal
+        self.flow = nn.Linear(dim, pos_dim or dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.norm = FlowNorm(1e-6, "causal" if causal else "mean")
+
+    def forward(
+        self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        context, drift, _ = flow_attention(
+            states, positions, self.flow.weight, self.value(states), self.sigma, self.k,
+            alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
+        )  # fmt: skip
+        states = self.mlp(torch.cat([states, context.to(states.dtype)], -1))
+        return self.norm(states, drift.energy, lengths), drift.positions
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, alpha={self.alpha:g}, sigma={self.sigma:g}, causal={self.causal}"
+
+
+class Heads(NamedTuple):
+    """How the heads of a block start out: one value per head."""
+
+    time_scale: list[float]  # coordinate 0 is the entity's number times this; 0: a semantic head, without time
+    alpha: list[float]  # step length of the drift
+    sigma: list[float]  # width of the Gaussian
+    offset: list[float]  # the receiver's shift along coordinate 0
+
+
+def recommended_heads(heads: int) -> Heads:
+    """One head in four is semantic, one in four looks at the previous entity, the others see a stretch of time.
+
+    Four heads give time scales (0, 1/8, 1/2, 1), sigmas (1, 2, 2, 0.4), alphas (1, 0.1, 0.1, 0.1) and offsets
+    (0, 0, 0, -1), which were measured; other numbers follow the same pattern, and further heads for the previous
+    entity start with the one before it, and so on.
+    """
+    if heads < 1:
+        raise ValueError(f"recommended_heads: heads must be at least 1, got {heads}")
+    few = max(1, heads // 4) if heads > 1 else 0
+    stretches = heads - 2 * few
+    scales = [0.125 * 4 ** (i / (stretches - 1)) for i in range(stretches)] if stretches > 1 else [0.5] * stretches
+    return Heads(
+        time_scale=[0.0] * few + scales + [1.0] * few,
+        alpha=[1.0] * few + [0.1] * (heads - few),
+        sigma=[1.0] * few + [2.0] * stretches + [0.4] * few,
+        offset=[0.0] * (few + stretches) + [-float(i) for i in range(1, few + 1)],
+    )
+
+
+class EntityPositions(nn.Module):
+    """Where the entities of a sequence start: ``[B, N, d] -> [B, H, N, D]``, a position per head.
+
+    Positions are a linear map of the states, small at the start (standard deviation ``std``: large ones would swamp
+    the flow). In temporal heads coordinate 0 is the entity's number in the sequence times the head's learned time
+    scale instead; semantic heads have no time.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05):
+        super().__init__()
+        self.heads, self.pos_dim = heads, pos_dim
+        scales = torch.tensor(recommended_heads(heads).time_scale)
+        self.semantic = int((scales == 0).sum())  # the semantic heads come first
+        self.place = nn.Linear(dim, heads * pos_dim)
+        nn.init.normal_(self.place.weight, std=std / dim**0.5)
+        nn.init.zeros_(self.place.bias)
+        self.log_scale = nn.Parameter(scales[self.semantic :].log())  # [temporal heads]
+
+    def forward(self, states: Tensor, start: int = 0) -> Tensor:
+        """``start`` is the number of the first entity."""
+        B, N, _ = states.shape
+        with torch.autocast(states.device.type, enabled=False):  # positions keep full precision
+            places = self.place(states.to(self.place.weight.dtype))
+        places = places.view(B, N, self.heads, self.pos_dim).transpose(1, 2)
+        time = torch.arange(start, start + N, device=states.device, dtype=places.dtype)
+        time = self.log_scale.exp()[:, None] * time
+        first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
+        return torch.cat([first[..., None], places[..., 1:]], -1)
+
+
+class DynamicFlowAttention(nn.Module):
+    """The drift and the reading of a block: ``H`` heads, each with positions, a flow and a width of its own.
+
+    For every head ``f_i = W_f s_i + b_f``, ``p_i' = p_i + alpha f_i``, and entity i looks around
+    ``q_i = p_i' + o``, where o is the head's learned receiver offset. It reads the mean of the values
+    ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``. The
+    heads' step lengths alpha and widths sigma are learned.
+
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None)`` gives ``(y [B, N, d], Drift)``.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"DynamicFlowAttention: dim must be a multiple of heads, got {dim} and {heads}")
+        self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
+        start = recommended_heads(heads)
+        self.flow = nn.Linear(dim, heads * pos_dim)
+        self.value = nn.Linear(dim, dim)
+        self.alpha = nn.Parameter(torch.tensor(start.alpha))
+        self.log_sigma = nn.Parameter(torch.tensor(start.sigma).log())
+        self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
+
+    def forward(
+        self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Drift]:
+        H, D = self.heads, self.pos_dim
+        context, drift, _ = flow_attention(
+            states, positions, self.flow.weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
+            self.k, flow_bias=self.flow.bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
+            influence=influence, causal=self.causal, lengths=lengths, normalize=True,
+        )  # fmt: skip
+        return context.transpose(1, 2).flatten(2), drift
+
+    def split(self, values: Tensor) -> Tensor:
+        """``[B, N, d] -> [B, H, N, d / H]``, a view."""
+        return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
+
+
+class DFNBlock(nn.Module):
+    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = LayerNorm(x)``.
+
+    y is what `DynamicFlowAttention` reads for s. Two paths lead from y to the output: a linear one, without which
+    associative recall fails, and the MLP, which FlowNorm scales by the energy of the flow, summed over the heads
+    (running mean if causal). FlowNorm's eps of 1 keeps a layer without flow from blowing up.
+
+    Args:
+        dim: d, the size of a state. heads: H. pos_dim: D, the dimension of a head's positions.
+        k: neighbours that a head reads from.
+        causal: an entity reads only from itself and earlier ones; no later entity changes a bit of an earlier output.
+        norm_eps: eps of FlowNorm.
+
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N)`` gives
+    ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody; its states pass
+    through unchanged. ``memory`` is reserved for `PersistentFieldMemory`.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
+                 norm_eps: float = 1.0):  # fmt: skip
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = DynamicFlowAttention(dim, heads, pos_dim, k, causal=causal)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.flow_norm = FlowNorm(norm_eps, "causal" if causal else "mean")
+
+    def forward(
+        self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
+        memory=None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if memory is not None:
+            raise NotImplementedError("DFNBlock: memory is not implemented yet, pass memory=None")
+        s = self.norm(states)
+        y, drift = self.attention(s, positions, influence, lengths)
+        return self.combine(states, s, y, self.flow_norm, drift.energy.sum(-2), lengths), drift.positions
+
+    def combine(self, states, s, y, norm: FlowNorm, energy: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``x + W_o y + norm(MLP([s, y]))``."""
+        return states + self.out(y) + norm(self.mlp(torch.cat([s, y.to(s.dtype)], -1)), energy, lengths)
+
+
+class FlowMixer(nn.Module):
+    """Takes the place of self-attention in a block of your own: ``[B, N, d] -> [B, N, d]``.
+
+    The entities are the rows of x: their starting positions come from x and from their number in the sequence
+    (`EntityPositions`); they drift and read once (`DynamicFlowAttention`), and ``W_o`` maps what they read. Norm,
+    residual and MLP are yours, as with self-attention.
+
+    ``key_padding_mask``: bool ``[B, N]``, True = padding, anywhere in the sequence; it is read by nobody, does not
+    count as time, and its outputs are 0.
+    """
+
+    def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3):
+        super().__init__()
+        self.positions = EntityPositions(d_model, heads, pos_dim)
+        self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        if key_padding_mask is None:
+            return self.out(self.attention(x, self.positions(x))[0])
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"FlowMixer: key_padding_mask must be bool, got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != x.shape[:2]:
+            want, got = list(x.shape[:2]), list(key_padding_mask.shape)
+            raise ValueError(f"FlowMixer: key_padding_mask must have shape {want}, got {got}")
+        # Entities first, padding last, each in its order: the ops know padding as a length.
+        order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
+        lengths = (~key_padding_mask).sum(1)
+        x = x.masked_fill(key_padding_mask[..., None], 0.0).gather(1, order)
+        y = self.out(self.attention(x, self.positions(x), None, lengths)[0])
+        return torch.zeros_like(y).scatter(1, order, y)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(math.prod(p.shape) for p in module.parameters())

@@ -1,0 +1,254 @@
+"""Exact k nearest neighbours. Read from top to bottom: check, schema, fake, backends, autograd, public."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _backends
+from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
+from .reference.knn import knn as reference
+
+_backends.register("knn")
+OP = "knn"
+MOST_NEIGHBORS = 1024
+
+
+class Neighbors(NamedTuple):
+    indices: Tensor  # int64 [.., M, k], -1 where there is none
+    sq_dists: Tensor  # [.., M, k], inf where there is none
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+def _check(positions, k, queries, causal, include_self, lengths, query_lengths, warm=None) -> None:
+    is_float_tensor(OP, "positions", positions)
+    if positions.ndim < 2:
+        raise ValueError(f"{OP}: positions must have shape [.., N, D], got {list(positions.shape)}")
+    *lead, N, D = positions.shape
+    if D < 1:
+        raise ValueError(f"{OP}: positions must have at least one dimension, [.., N, D] with D > 0, got D = {D}")
+    if N >= 2**31:
+        raise ValueError(f"{OP}: positions must be fewer than 2^31, got N = {N}")
+    is_integer(OP, "k", k, 1, MOST_NEIGHBORS)
+    M = N
+    if queries is not None:
+        is_float_tensor(OP, "queries", queries)
+        if queries.ndim != positions.ndim:
+            raise ValueError(f"{OP}: queries must have shape [.., M, D] like positions, got {list(queries.shape)}")
+        M = queries.shape[-2]
+        has_shape(OP, "queries", queries, (*lead, M, D), "[.., M, D]")
+        if causal:
+            raise ValueError(f"{OP}: causal must be False with queries: they have no place in the order of positions")
+        if not include_self:
+            raise ValueError(f"{OP}: include_self must be True with queries: no position is a query's self")
+    elif query_lengths is not None:
+        raise ValueError(f"{OP}: query_lengths must be None without queries: lengths counts both")
+    for name, value in (("lengths", lengths), ("query_lengths", query_lengths)):
+        if value is not None:
+            is_index_tensor(OP, name, value)
+            has_shape(OP, name, value, tuple(lead), "[..]")
+    if warm is not None:
+        is_index_tensor(OP, "warm.indices", warm)
+        has_shape(OP, "warm.indices", warm, (*lead, M, k), "[.., M, k]")
+    same_device(OP, "positions", positions, queries=queries, lengths=lengths, query_lengths=query_lengths, warm=warm)
+
+
+def _check_values(points, queries, lengths, query_lengths) -> None:
+    """What only the values tell. CPU only: on a GPU it would wait for the device."""
+    for name, x, count in (("positions", points, lengths), ("queries", queries, query_lengths)):
+        if x is None:
+            continue
+        n = x.shape[1]
+        length_name = "lengths" if name == "positions" else "query_lengths"
+        if count is not None and ((count < 0) | (count > n)).any():
+            raise ValueError(f"{OP}: {length_name} must be between 0 and {n}, got {count.tolist()}")
+        if x.sum().isfinite():  # one pass without memory; finite values may overflow it, so this is not the verdict
+            continue
+        bad = ~x.isfinite().all(-1)
+        if count is not None:
+            bad &= torch.arange(n) < count.view(-1, 1)
+        if bad.any():
+            b, i = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{OP}: {name} must be finite, got {x[b, i].tolist()} in row {i} of batch {b}; "
+                "check=False searches without such points"
+            )
+
+
+# ---- schema: everything [B, ...], points and queries both float32 or both float64 ------------------------------------
+@torch.library.custom_op("dfn::knn", mutates_args=())
+def _op(
+    points: Tensor,  # [B, N, D]
+    queries: Tensor | None,  # [B, M, D]
+    lengths: Tensor | None,  # [B]
+    query_lengths: Tensor | None,  # [B]
+    k: int,
+    causal: bool,
+    include_self: bool,
+    check: bool,
+    warm: Tensor | None,  # [B, M, k]
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # indices [B, M, k], squared distances [B, M, k]
+    points, queries, lengths, query_lengths, warm = (
+        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, warm)
+    )
+    if points.device.type == "cpu":
+        if check:
+            _check_values(points, queries, lengths, query_lengths)
+    if backend == "reference":
+        return reference(points, queries, lengths, query_lengths, k, causal, include_self)
+    if backend == "triton":
+        from .triton.knn import knn as triton_knn
+
+        return triton_knn(points, queries, lengths, query_lengths, k, causal, include_self)
+    return torch.ops.dfn_cpu.knn(points, queries, lengths, query_lengths, k, causal, include_self, warm)
+
+
+# ---- fake -----------------------------------------------------------------------------------------------------------
+@_op.register_fake
+def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, backend):
+    shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
+    return points.new_empty(shape, dtype=torch.int64), points.new_empty(shape)
+
+
+# ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+def _setup_context(ctx, inputs, output) -> None:
+    points, queries = inputs[:2]
+    ctx.save_for_backward(points, queries, output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _backward(ctx, _, grad):
+    """d |q - p|^2 = 2 (q - p) (dq - dp), in differentiable operations: the second derivative is right, too."""
+    points, queries, indices = ctx.saved_tensors
+    own = queries is None
+    B, N, D = points.shape
+    M, k = indices.shape[1:]
+    nothing = (None,) * 8
+    if grad is None or N == 0:
+        return (None, None, *nothing)
+    present = (indices >= 0).unsqueeze(-1)
+    offset = torch.arange(B, device=points.device).view(B, 1, 1) * N
+    flat = (indices.clamp(min=0) + offset).flatten()
+    neighbors = points.reshape(B * N, D).index_select(0, flat).view(B, M, k, D)
+    step = ((points if own else queries).unsqueeze(2) - neighbors).where(present, 0)
+    pull = 2 * grad.unsqueeze(-1).where(present, 0) * step  # [B, M, k, D]
+    to_queries = pull.sum(2)
+    to_points = torch.zeros_like(points).reshape(B * N, D).index_add(0, flat, -pull.reshape(-1, D)).view(B, N, D)
+    if own:
+        return (to_points + to_queries, None, *nothing)
+    return (to_points, to_queries, *nothing)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class KnnFunction(torch.autograd.Function):
+    """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.knn`, in its order.
+
+    For code that composes Functions by hand; `knn` checks, converts and calls the registered op.
+    """
+
+    forward = staticmethod(lambda *args: _op(*args))
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+def knn(
+    positions: Tensor,
+    k: int,
+    *,
+    queries: Tensor | None = None,
+    causal: bool = False,
+    include_self: bool = True,
+    lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    check: bool = True,
+) -> Neighbors:
+    """Finds the k nearest positions of every query, exactly.
+
+    ``indices[i] = the k smallest j by (|q[i] - p[j]|^2, j)``, where q is ``queries``, or ``positions`` without it. The
+    order is total and the same on every backend, to the bit: squared distances are sums over the dimensions in order,
+    ``((dx*dx) + dy*dy) + dz*dz``, rounded after every operation, and equal ones are ordered by index.
+
+    Args:
+        positions: p, ``[.., N, D]``. float16, bfloat16 and float32 are searched in float32, float64 in float64.
+        k: 1 to 1024. Fewer than k candidates are no error: rows are padded.
+        queries: q, ``[.., M, D]``, leading dims as in positions.
+        causal: entity i sees only ``j <= i`` (``j < i`` without self).
+        include_self: whether entity i may find itself. Excluded by its index, never by its distance; where it is
+            allowed, positions at the same place and with a lower index come first and may displace it.
+        lengths: int64 ``[..]``: positions from there on are padding; without queries their rows are padded, too.
+        query_lengths: int64 ``[..]``: the same for queries.
+        check: on the CPU, raise ValueError if a position or query is NaN or infinite, or a length out of range.
+            Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded.
+
+    Returns:
+        ``Neighbors(indices, sq_dists)``: int64 and float32 (float64 for float64 positions), both ``[.., M, k]``,
+        ascending by (distance, index). Where there is no neighbour, or its squared distance overflows to infinity, the
+        index is -1 and the distance inf.
+
+    Gradients: ``sq_dists``, to positions and queries, twice if need be; a missing neighbour contributes 0.
+
+    Raises: ValueError (shapes, k, causal or include_self=False with queries, values), TypeError (dtypes).
+
+    >>> import torch
+    >>> knn(torch.tensor([[0.0], [1.0], [5.0]]), 2)
+    Neighbors(indices=tensor([[0, 1],
+            [1, 0],
+            [2, 1]]), sq_dists=tensor([[ 0.,  1.],
+            [ 0.,  1.],
+            [ 0., 16.]]))
+    """
+    _check(positions, k, queries, causal, include_self, lengths, query_lengths)
+    return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
+
+
+def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm) -> Neighbors:
+    real = compute_dtype(positions, queries)
+    *lead, N, D = positions.shape
+    M = N if queries is None else queries.shape[-2]
+    B = positions.shape[:-2].numel()
+    indices, sq_dists = _op(
+        positions.to(real).reshape(B, N, D),
+        None if queries is None else queries.to(real).reshape(B, M, D),
+        None if lengths is None else lengths.reshape(B),
+        None if query_lengths is None else query_lengths.reshape(B),
+        k, bool(causal), bool(include_self), bool(check),
+        None if warm is None else warm.reshape(B, M, k),
+        _backends.choose(OP, positions.device.type),
+    )  # fmt: skip
+    return Neighbors(indices.view(*lead, M, k), sq_dists.view(*lead, M, k))
+
+
+class KNNIndex:
+    """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
+
+    Arguments and results are those of `knn`. The positions must not be changed while the index is in use.
+    """
+
+    def __init__(self, positions: Tensor, lengths: Tensor | None = None):
+        _check(positions, 1, None, False, True, lengths, None)
+        self.positions, self.lengths = positions, lengths
+
+    def query(
+        self,
+        k: int,
+        queries: Tensor | None = None,
+        *,
+        causal: bool = False,
+        include_self: bool = True,
+        warm: Neighbors | None = None,
+    ) -> Neighbors:
+        """The k nearest positions of every query (of every position without queries), as `knn` gives them.
+
+        `warm`: the neighbours found before for the same queries and k, for instance before the positions moved a
+        little. Their new distances bound the search; the result is the same with any `warm`, right or wrong.
+        """
+        found = None if warm is None else warm.indices
+        _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
+        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found)
+
+    def __repr__(self) -> str:
+        return f"KNNIndex(positions={list(self.positions.shape)}, {self.positions.dtype}, {self.positions.device})"

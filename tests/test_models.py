@@ -1,0 +1,146 @@
+"""DFNLanguageModel: causality to the bit, generation, gradients, bad input, and that it learns."""
+
+import copy
+
+import pytest
+import torch
+from helpers import same_bits
+
+from dfn.data import recall_batch
+from dfn.decoding import Decoder
+from dfn.models import DFNLanguageModel, sample
+from dfn.training import Trainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models here are tiny: threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(**options):
+    return DFNLanguageModel(**{**dict(vocab_size=31, dim=24, layers=2, k=5), **options})
+
+
+def test_causal_to_the_bit():
+    """Later ids change no bit of earlier logits, also with many equal ids, whose positions coincide."""
+    for vocabulary in (31, 3):
+        model = small(vocab_size=vocabulary)
+        ids = torch.randint(vocabulary, (2, 53))
+        with torch.no_grad():
+            before = model(ids)[0]
+            for start in (52, 30, 1):
+                other = ids.clone()
+                other[:, start:] = (other[:, start:] + 1) % vocabulary
+                after = model(other)[0]
+                assert same_bits(after[:, :start], before[:, :start])
+                assert not after[:, start:].equal(before[:, start:])
+
+
+def test_causal_to_the_bit_after_training():
+    """Once more with positions and offsets that have moved."""
+    model = small()
+    trainer = Trainer(model, steps=5, lr=3e-2, warmup=0)
+    ids = torch.randint(31, (4, 40))
+    for _ in range(5):
+        trainer.train_step((ids[:, :-1], ids[:, 1:]))
+    with torch.no_grad():
+        before = model(ids)[0]
+        ids[:, 20:] = torch.randint(31, (4, 20))
+        assert same_bits(model(ids)[0][:, :20], before[:, :20])
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+def test_greedy_generation_is_the_argmax_of_full_passes(length):
+    model = small()
+    ids = torch.randint(31, (3, length))
+    out = model.generate(ids, 9, temperature=0)
+    assert out.shape == (3, length + 9) and out.dtype == torch.int64 and out[:, :length].equal(ids)
+    with torch.no_grad():
+        logits = model(out)[0]
+    assert logits[:, length - 1 : -1].argmax(-1).equal(out[:, length:])
+
+
+def test_decoder_is_the_full_pass():
+    """Also long after the prompt, and far from where training has seen anything."""
+    model = small()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+        ids = torch.randint(31, (2, 120))
+        logits, decoder = model(ids)[0], Decoder(model)
+        got = [decoder(ids[:, :37])] + [decoder(ids[:, i : i + 1]) for i in range(37, 120)]
+    torch.testing.assert_close(torch.stack(got, 1), logits[:, 36:], rtol=1e-4, atol=1e-4)
+    assert torch.stack(got, 1).argmax(-1).equal(logits[:, 36:].argmax(-1))
+    with pytest.raises(ValueError, match="one token after the prompt"):
+        decoder(ids)
+
+
+def test_generation_is_deterministic_for_a_generator():
+    model = small()
+    ids = torch.randint(31, (2, 5))
+    draws = [model.generate(ids, 12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
+    assert model.generate(ids, 6, top_k=1).equal(model.generate(ids, 6, temperature=0))
+    assert model.generate(ids, 0).equal(ids)
+
+
+def test_sample():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(4000, 4)
+    drawn = sample(logits, 0.5, 2, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {1, 2}
+    assert abs((drawn == 1).float().mean() - torch.tensor([6.0, 4.0]).softmax(0)[0]) < 0.03
+
+
+def test_bad_input():
+    model, ids = small(), torch.zeros(1, 4, dtype=torch.int64)
+    for arguments, message in (
+        (dict(ids=ids[0]), r"generate: ids must have shape \[B, N\]"),
+        (dict(ids=ids[:, :0]), "with N > 0"),
+        (dict(ids=ids, temperature=-1.0), "temperature must not be negative, got -1"),
+        (dict(ids=ids, temperature=float("nan")), "temperature must not be negative, got nan"),
+        (dict(ids=ids, top_k=0), "top_k must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(max_new_tokens=1, **arguments)
+    with pytest.raises(NotImplementedError, match="memory_size must be 0, got 8"):
+        small(memory_size=8)
+    with pytest.raises(NotImplementedError, match="memory"):
+        model(ids, memory=object())
+
+
+def test_gradients_state_dict_and_deepcopy():
+    model = small()
+    ids = torch.randint(31, (2, 17))
+    logits, memory = model(ids)
+    assert logits.shape == (2, 17, 31) and memory is None
+    logits.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    other = DFNLanguageModel(**model.config)
+    other.load_state_dict(model.state_dict())
+    assert same_bits(other(ids)[0], logits) and same_bits(copy.deepcopy(model)(ids)[0], logits)
+
+
+def test_compiles_without_graph_breaks():
+    model, ids = small(), torch.randint(31, (2, 11))
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids)[0]
+    torch.testing.assert_close(got, model(ids)[0])
+
+
+@pytest.mark.slow
+def test_recall():
+    """Associative recall, 8 pairs: what needs one entity to look up another by content."""
+    torch.manual_seed(0)
+    model = DFNLanguageModel(vocab_size=64, dim=64, layers=2)
+    generator = torch.Generator().manual_seed(0)
+    trainer = Trainer(model, steps=700, lr=3e-3)
+    while trainer.progress < 1:
+        trainer.train_step(recall_batch(32, 8, generator=generator))
+    ids, targets = recall_batch(200, 8, generator=generator)
+    with torch.no_grad():
+        right = model(ids)[0].argmax(-1) == targets
+    assert right[targets >= 0].float().mean() > 0.99
