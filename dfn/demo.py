@@ -77,11 +77,13 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
 
     pictures.loss_curve(history, figures, out / "loss_curve.png")
     pictures.drift(model, corpus.held_out[:4096], out / "drift.png")
+    facts = (out, corpus, model, history, figures, prompt, continuation, minutes, autocast)
+    report(*facts, kernels=None)
     kernels = kernel_table() if table else None
     if kernels:
         print("\n" + kernels)
-        (out / "kernels.md").write_text(kernels + "\n", encoding="utf-8")
-    report(out, corpus, model, history, figures, prompt, continuation, kernels, minutes, autocast)
+        (out / "kernels.md").write_text(kernels, encoding="utf-8")
+        report(*facts, kernels=kernels)
     print(f"\nreport: {out / 'report.md'}")
     return figures
 
@@ -150,7 +152,7 @@ def kernel_table() -> str | None:
     return quick_table()
 
 
-def report(out, corpus, model, history: History, figures, prompt, continuation, kernels, minutes, autocast) -> None:
+def report(out, corpus, model, history: History, figures, prompt, continuation, minutes, autocast, kernels) -> None:
     best = min(("gzip", "bigram"), key=figures.get)
     gap = figures["gzip"] - figures["model"]
     verdict = f"{abs(gap):.3f} bits per byte {'below' if gap > 0 else 'above'} gzip"

@@ -71,7 +71,7 @@ def loss_curve(history: History, figures: dict[str, float], path: Path) -> None:
         fontsize=12,
         pad=12,
     )
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center")
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
