@@ -88,37 +88,40 @@ def _op(
     check: bool,
     warm: Tensor | None,  # [B, M, k]
     backend: str,
-) -> tuple[Tensor, Tensor]:  # indices [B, M, k], squared distances [B, M, k]
+) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
     points, queries, lengths, query_lengths, warm = (
         None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, warm)
     )
     if points.device.type == "cpu":
         if check:
             _check_values(points, queries, lengths, query_lengths)
+    arguments = points, queries, lengths, query_lengths, k, causal, include_self
     if backend == "reference":
-        return reference(points, queries, lengths, query_lengths, k, causal, include_self)
-    if backend == "triton":
+        indices, sq_dists = reference(*arguments)
+    elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
-        return triton_knn(points, queries, lengths, query_lengths, k, causal, include_self)
-    return torch.ops.dfn_cpu.knn(points, queries, lengths, query_lengths, k, causal, include_self, warm)
+        indices, sq_dists = triton_knn(*arguments)
+    else:
+        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, warm)
+    return sq_dists, indices
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
 def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, backend):
     shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
-    return points.new_empty(shape, dtype=torch.int64), points.new_empty(shape)
+    return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     points, queries = inputs[:2]
-    ctx.save_for_backward(points, queries, output[0])
-    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(points, queries, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, _, grad):
+def _backward(ctx, grad, _):
     """d |q - p|^2 = 2 (q - p) (dq - dp), in differentiable operations: the second derivative is right, too."""
     points, queries, indices = ctx.saved_tensors
     own = queries is None
@@ -144,7 +147,8 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class KnnFunction(torch.autograd.Function):
-    """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.knn`, in its order.
+    """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.knn`, in its order,
+    and its outputs: squared distances, indices.
 
     For code that composes Functions by hand; `knn` checks, converts and calls the registered op.
     """
@@ -210,7 +214,7 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
     *lead, N, D = positions.shape
     M = N if queries is None else queries.shape[-2]
     B = positions.shape[:-2].numel()
-    indices, sq_dists = _op(
+    sq_dists, indices = _op(
         positions.to(real).reshape(B, N, D),
         None if queries is None else queries.to(real).reshape(B, M, D),
         None if lengths is None else lengths.reshape(B),

@@ -21,7 +21,8 @@ def want(points: np.ndarray, k: int):
 
 
 def same(ours, theirs) -> bool:
-    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", point_sets.NAMES)
@@ -113,7 +114,7 @@ def test_empty():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda i: i.append(np.zeros((2, 3), np.float32), 0), ValueError, "append: k must be between 1 and 1024, got 0"),
+        (lambda i: i.append(np.zeros((2, 3), np.float32), 0), ValueError, "k must be between 1 and 1024, got 0"),
         (lambda i: i.append(np.zeros((2, 2), np.float32), 1), ValueError, r"\[S, D\] with S = 2, D = 3, got \[2, 2\]"),
         (lambda i: i.append(np.zeros((2, 3)), 1), TypeError, "must be float32 or narrower floats, got float64"),
         (lambda i: i.append(np.zeros((2, 3), int), 1), TypeError, "got int64"),

@@ -1,7 +1,7 @@
 """Exact k nearest neighbours in Triton: every query against every point, for any number of dimensions.
 
-Two passes. The first finds only tau, the k-th smallest distance. The second visits the points again in the order of their
-indices and writes those nearer than tau, and of those at tau the first ones, so ties go to the lower index by themselves.
+Two passes. The first finds only tau, the k-th smallest distance. The second visits the points again in the order of
+their indices and writes those nearer than tau, and of those at tau the first ones: ties go to the lower index.
 Compiled without fused multiply-add: distances are the same to the bit on every backend.
 """
 
