@@ -50,3 +50,16 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--only", "no such case"])
     assert report.markdown([]).startswith("| case")
+
+
+def test_scaling(tmp_path):
+    from bench import scaling
+
+    assert scaling.exponent([(n, 3 * n**1.5) for n in (4096, 8192, 2**15, 2**16, 2**17)]) == pytest.approx(1.5)
+    assert scaling.exponent([(4096, 1.0)]) is None
+    case = next(case for case in CASES if case.op == "flow_norm")
+    rows = scaling.grow(case, 8192, 10, "cpu")
+    assert {(row["who"], row["mode"]) for row in rows} >= {("native", "forward"), ("native", "training")}
+    assert all([n for n, _ in row["points"]] == [4096, 8192] for row in rows)
+    scaling.plot(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -1,0 +1,121 @@
+"""Time over N: how an op and its peers grow.
+
+    python -m bench.scaling [--only knn] [--most 1000000] [--out bench/results]
+
+For every case with a number of entities N, and every contender: the median time at N = 4096, 8192, ... up to --most. A
+contender that took over --patience seconds is not asked for more. Prints the exponent of the growth (a straight line
+through the logarithms, from 32k on where there are three points); writes JSON and a plot.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .cases import CASES, Case
+from .measure import contenders, time_ms, training_step
+from .report import machine
+
+
+def sizes_up_to(most: int) -> list[int]:
+    return [2**power for power in range(12, 1 + int(math.log2(most)))]
+
+
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """Slope of log(time) over log(N)."""
+    far = [p for p in points if p[0] >= 2**15]
+    points = far if len(far) >= 3 else points
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression([math.log(n) for n, _ in points], [math.log(t) for _, t in points]).slope
+
+
+def grow(case: Case, most: int, patience: float, device: str) -> list[dict]:
+    """One row per contender and mode: {case, who, mode, points: [[N, ms], ...], exponent}."""
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    stopped: set[tuple[str, str]] = set()
+    for n in tqdm(sizes_up_to(most), desc=case.op, leave=False):
+        torch.manual_seed(0)
+        inputs = case.make(**{**case.sizes, "N": n}, device=device, dtype=torch.float32)
+        for who, op in contenders(case, device).items():
+            for mode in ("forward", "training") if case.grads else ("forward",):
+                if (who, mode) in stopped:
+                    continue
+                try:
+                    result = op(**inputs)
+                    run = partial(op, **inputs)
+                    if mode == "training":
+                        run = training_step(case, op, inputs, torch.randn_like(result))
+                    ms = statistics.median(time_ms(run, device, 0.3))
+                except (RuntimeError, MemoryError, ImportError):
+                    stopped.add((who, mode))
+                    continue
+                curves.setdefault((who, mode), []).append((n, ms))
+                if ms > patience * 1e3:
+                    stopped.add((who, mode))
+    return [
+        {"case": case.op, "who": who, "mode": mode, "points": points, "exponent": exponent(points)}
+        for (who, mode), points in curves.items()
+    ]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (case, mode) in zip(axes.flat, panels, strict=False):
+        for row in rows:
+            if (row["case"], row["mode"]) != (case, mode):
+                continue
+            ours = row["who"] in ("native", "triton")
+            slope = "" if row["exponent"] is None else f"  N^{row['exponent']:.2f}"
+            n, ms = zip(*row["points"], strict=True)
+            axis.loglog(n, ms, "o-", lw=2.5 if ours else 1.2, ms=4, label=row["who"] + slope)
+        axis.set(title=f"{case}, {mode}", xlabel="entities N", ylabel="ms")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--most", type=int, default=2**20)
+    parser.add_argument("--patience", type=float, default=4.0, help="seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    seen: dict[tuple, Case] = {}
+    for case in CASES:
+        if "N" in case.sizes and given.only in case.name:
+            seen.setdefault((case.op, case.sizes.get("D"), case.sizes.get("c")), case)
+    rows = []
+    for case in seen.values():
+        for row in grow(case, given.most, given.patience, given.device):
+            row["case"] = case.op + "".join(f" {k}={v}" for k, v in case.sizes.items() if k != "N")
+            rows.append(row)
+            last = row["points"][-1]
+            slope = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
+            name = f"{row['case']:45} {row['mode']:9} {row['who']:34}"
+            print(f"{name} exponent {slope:5} {last[1]:10.1f} ms at N = {last[0]}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    facts = machine()
+    path = given.out / f"{facts['date']}-scaling-{facts['threads']}threads.json"
+    path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    plot(rows, path.with_suffix(".png"))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
