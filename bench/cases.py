@@ -20,6 +20,7 @@ class Case:
     make: Callable[..., dict]  # (device=, dtype=, **sizes) -> inputs
     ours: Callable[..., Tensor]  # (**inputs) -> one tensor; run under use_backend for each backend
     peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)  # the same, by other means
+    gpu_peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)  # those that take CUDA tensors only
     grads: tuple[str, ...] = ()  # inputs whose gradients the training step needs
     small: dict[str, int] = field(default_factory=dict)  # sizes for tests and for a quick look
     other_work: tuple[str, ...] = ()  # peers that do a comparable job, not the same one: their result is not compared
@@ -94,7 +95,15 @@ def scipy_knn(positions, k):
     from scipy.spatial import cKDTree
 
     found = [cKDTree(p).query(p, k, workers=-1)[1].reshape(len(p), k) for p in positions.cpu().numpy()]
-    return torch.stack([torch.from_numpy(x) for x in found])
+    return torch.stack([torch.from_numpy(x) for x in found]).to(positions.device)
+
+
+def cupy_knn(positions, k):
+    import cupy
+    from cupyx.scipy.spatial import KDTree
+
+    points = [cupy.from_dlpack(p) for p in positions]
+    return torch.stack([torch.from_dlpack(KDTree(p).query(p, k)[1].reshape(len(p), k)).long() for p in points])
 
 
 # ---- gaussian_gather ------------------------------------------------------------------------------------------------
@@ -246,6 +255,7 @@ def _knn_case(N, D, k, causal=False):
         make_points,
         causal_knn if causal else our_knn,
         {} if causal else {"scipy cKDTree": scipy_knn, **({"cdist + topk": composed_knn} if N <= 2**15 else {})},
+        gpu_peers={} if causal else {"CuPy KDTree": cupy_knn},
         small=dict(B=2, N=301, D=D, k=min(k, 7)),
         exact=True,
     )
