@@ -210,11 +210,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           if (i == 0 || all.index_group(from + i) != all.index_group(from + i - 1))
-            incoming[i] = incoming_edges(problems[i].indices, M * k, N);
+            incoming[i] = incoming_edges(problems[i].indices, M, k, N, problems[i].query_order, problems[i].entity_order);
       });
       for (int64_t i = 0, source = 0; i < count; ++i) {
         if (incoming[i].starts.data() != nullptr) source = i;
         GatherProblem& g = problems[i];
+        g.query_order = problems[source].query_order;  // the numbers are by turn
+        g.entity_order = problems[source].entity_order;
         g.starts = incoming[source].starts.data();
         g.slots = incoming[source].slots.data();
         g.slots64 = incoming[source].slots64.data();

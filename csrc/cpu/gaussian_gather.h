@@ -35,8 +35,8 @@ struct GatherProblem {
   // backward; whatever nobody asked for is null
   const void* grad;        // [M, c]
   int64_t grad_stride;
-  const int64_t* starts;   // [N + 1], see neighbors.h
-  const uint32_t* slots;   // [M, k], or
+  const int64_t* starts;   // [N + 1] by turn, see neighbors.h
+  const uint32_t* slots;   // [M, k] by turn, or
   const int64_t* slots64;  // [M, k]
   void* edges;             // [M * k] Edge<A>
   bool slopes;             // whether anything but grad_values is wanted
@@ -57,8 +57,9 @@ DFN_DECLARE_ISA(bool gather_forward(const GatherProblem& g, int64_t begin, int64
 DFN_DECLARE_ISA(void gather_backward_queries(const GatherProblem& g, int64_t begin, int64_t end))
 // Entities number [begin, end) in entity_order, from their edges: grad_values, grad_positions, grad_influence.
 DFN_DECLARE_ISA(void gather_backward_entities(const GatherProblem& g, int64_t begin, int64_t end))
-// One hub, piece by piece of kHub edges: sums [c + D + 1] of type A; then all pieces together, in order.
-DFN_DECLARE_ISA(void gather_backward_piece(const GatherProblem& g, int64_t entity, int64_t piece, void* sums))
-DFN_DECLARE_ISA(void gather_backward_hub(const GatherProblem& g, int64_t entity, int64_t pieces, const void* sums))
+// The hub at this place of entity_order, piece by piece of kHub edges: sums [c + D + 1] of type A; then all pieces
+// together, in order.
+DFN_DECLARE_ISA(void gather_backward_piece(const GatherProblem& g, int64_t turn, int64_t piece, void* sums))
+DFN_DECLARE_ISA(void gather_backward_hub(const GatherProblem& g, int64_t turn, int64_t pieces, const void* sums))
 
 }  // namespace dfn

@@ -91,12 +91,36 @@ inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w
   return query;
 }
 
+// Served in spatial order, a query's indices and its output lie anywhere, and of its neighbours one or two are new.
+// (GCC drops calls of a function that only prefetches: it must be inlined.)
+template <class A, class V>
+__attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, int64_t at, int64_t end) {
+  constexpr int64_t kLine = 64, kFar = 12, kNear = 3;
+  const auto query = [&g](int64_t t) { return g.query_order ? int64_t(g.query_order[t]) : t; };
+  if (at + kFar < end && g.query_order) {
+    const char* index = reinterpret_cast<const char*>(g.indices + query(at + kFar) * g.k);
+    for (int64_t x = 0; x < g.k * 8; x += kLine) __builtin_prefetch(index + x);
+    __builtin_prefetch(static_cast<const A*>(g.queries) + query(at + kFar) * g.D);
+  }
+  if (at + kNear < end) {
+    const int64_t i = query(at + kNear);
+    const int64_t bytes = g.c * int64_t(sizeof(V)) < 4 * kLine ? g.c * int64_t(sizeof(V)) : 4 * kLine;
+    for (int64_t s = 0; s < g.k; ++s) {
+      const int64_t j = g.indices[i * g.k + s];
+      if (static_cast<uint64_t>(j) >= static_cast<uint64_t>(g.N)) continue;
+      const char* row = reinterpret_cast<const char*>(static_cast<const V*>(g.values) + j * g.values_stride);
+      for (int64_t x = 0; x < bytes; x += kLine) __builtin_prefetch(row + x);
+    }
+  }
+}
+
 template <class A, class V>
 bool forward(const GatherProblem& g, int64_t begin, int64_t end) {
   bool valid = true;
   Workspace<A, V> w(g.k);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t i = g.query_order ? g.query_order[at] : at;
+    fetch_ahead<A, V>(g, at, end);
     const Query<A, V> query = look_up<A, V>(g, i, w);
     valid &= query.valid;
     weighted_sum<A, V>(query.count, g.c, query.weight, query.rows, static_cast<V*>(g.out) + i * g.out_stride);
@@ -111,6 +135,7 @@ void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
   const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t i = g.query_order ? g.query_order[at] : at;
+    fetch_ahead<A, V>(g, at, end);
     const Query<A, V> query = look_up<A, V>(g, i, w);
     A* along = w.along.data;
     for (int64_t s = 0; s < query.count; ++s) along[s] = 0;
@@ -124,7 +149,7 @@ void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
     }
     if (edges) {
       for (int64_t s = 0; s < query.count; ++s) {
-        const int64_t e = i * g.k + query.slot[s];
+        const int64_t e = at * g.k + query.slot[s];
         edges[g.slots ? int64_t(g.slots[e]) : g.slots64[e]] = {
             static_cast<uint32_t>(i), query.weight[s], query.weight[s] * along[s], query.gauss[s] * along[s]};
       }
@@ -187,9 +212,18 @@ template <class A, class V>
 void backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
   List<A, V> list(kHub);
   Scratch<A> grad_p(g.D);
+  const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
   for (int64_t at = begin; at < end; ++at) {
+    if (at + 3 < end) {  // the rows that the next but two will read
+      const int64_t from = g.starts[at + 2], to = g.starts[at + 3];
+      for (int64_t e = from; e < to && e < from + 64; ++e) {
+        const char* row = reinterpret_cast<const char*>(static_cast<const V*>(g.grad) + edges[e].query * g.grad_stride);
+        const int64_t bytes = g.c * int64_t(sizeof(V));
+        for (int64_t x = 0; x < bytes && x < 256; x += 64) __builtin_prefetch(row + x);
+      }
+    }
     const int64_t j = g.entity_order ? g.entity_order[at] : at;
-    const int64_t first = g.starts[j], last = g.starts[j + 1];
+    const int64_t first = g.starts[at], last = g.starts[at + 1];
     if (last - first > kHub) continue;
     if (g.grad_values) {
       list.read(g, first, last);
@@ -205,9 +239,10 @@ void backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
 }
 
 template <class A, class V>
-void backward_piece(const GatherProblem& g, int64_t j, int64_t piece, A* sums) {
-  const int64_t first = g.starts[j] + piece * kHub;
-  const int64_t last = first + kHub < g.starts[j + 1] ? first + kHub : g.starts[j + 1];
+void backward_piece(const GatherProblem& g, int64_t turn, int64_t piece, A* sums) {
+  const int64_t j = g.entity_order ? g.entity_order[turn] : turn;
+  const int64_t first = g.starts[turn] + piece * kHub;
+  const int64_t last = first + kHub < g.starts[turn + 1] ? first + kHub : g.starts[turn + 1];
   for (int64_t x = 0; x < g.c + g.D + 1; ++x) sums[x] = 0;
   if (g.grad_values) {
     List<A, V> list(last - first);
@@ -218,7 +253,8 @@ void backward_piece(const GatherProblem& g, int64_t j, int64_t piece, A* sums) {
 }
 
 template <class A, class V>
-void backward_hub(const GatherProblem& g, int64_t j, int64_t pieces, const A* sums) {
+void backward_hub(const GatherProblem& g, int64_t turn, int64_t pieces, const A* sums) {
+  const int64_t j = g.entity_order ? g.entity_order[turn] : turn;
   const int64_t n = g.c + g.D + 1;
   Scratch<A> total(n);
   for (int64_t x = 0; x < n; ++x) total[x] = 0;
@@ -231,12 +267,12 @@ void backward_hub(const GatherProblem& g, int64_t j, int64_t pieces, const A* su
 }
 
 template <class A, class V>
-void any_piece(const GatherProblem& g, int64_t j, int64_t piece, void* sums) {
-  backward_piece<A, V>(g, j, piece, static_cast<A*>(sums));
+void any_piece(const GatherProblem& g, int64_t turn, int64_t piece, void* sums) {
+  backward_piece<A, V>(g, turn, piece, static_cast<A*>(sums));
 }
 template <class A, class V>
-void any_hub(const GatherProblem& g, int64_t j, int64_t pieces, const void* sums) {
-  backward_hub<A, V>(g, j, pieces, static_cast<const A*>(sums));
+void any_hub(const GatherProblem& g, int64_t turn, int64_t pieces, const void* sums) {
+  backward_hub<A, V>(g, turn, pieces, static_cast<const A*>(sums));
 }
 
 }  // namespace
@@ -250,11 +286,11 @@ void gather_backward_queries(const GatherProblem& g, int64_t begin, int64_t end)
 void gather_backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
   DFN_BY_DTYPE(g, backward_entities, begin, end);
 }
-void gather_backward_piece(const GatherProblem& g, int64_t entity, int64_t piece, void* sums) {
-  DFN_BY_DTYPE(g, any_piece, entity, piece, sums);
+void gather_backward_piece(const GatherProblem& g, int64_t turn, int64_t piece, void* sums) {
+  DFN_BY_DTYPE(g, any_piece, turn, piece, sums);
 }
-void gather_backward_hub(const GatherProblem& g, int64_t entity, int64_t pieces, const void* sums) {
-  DFN_BY_DTYPE(g, any_hub, entity, pieces, sums);
+void gather_backward_hub(const GatherProblem& g, int64_t turn, int64_t pieces, const void* sums) {
+  DFN_BY_DTYPE(g, any_hub, turn, pieces, sums);
 }
 
 }  // namespace dfn::DFN_ISA

@@ -63,39 +63,49 @@ std::vector<int32_t> order_of(const A* points, int64_t n, int64_t D) {
 }
 
 template <class Slot>
-void number_edges(const int64_t* indices, int64_t edges, int64_t N, Array<int64_t>& starts,
-                  Array<Slot>& slots) {
-  // Blocks of edges are counted and numbered side by side; their number does not show in the result.
-  const int64_t blocks = std::clamp<int64_t>(edges >> 19, 1, 8), size = (edges + blocks - 1) / blocks;
+void number_edges(const int64_t* indices, int64_t M, int64_t k, int64_t N, const int32_t* query_order,
+                  const int32_t* entity_order, Array<int64_t>& starts, Array<Slot>& slots) {
+  Array<int32_t> turn(entity_order ? N : 0);
+  if (entity_order)
+    for (int64_t u = 0; u < N; ++u) turn[entity_order[u]] = static_cast<int32_t>(u);
+  // Blocks of queries are counted and numbered side by side; how many there are does not show in the result.
+  const int64_t blocks = std::clamp<int64_t>(M * k >> 19, 1, 16), size = (M + blocks - 1) / blocks;
   Array<Slot> next(blocks * N);
+  slots = Array<Slot>(M * k);
+  // First slots hold each edge's entity, by turn; later the edge's number.
+  const Slot nobody = static_cast<Slot>(-1);
   const auto each_block = [&](auto&& body) {
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) body(b, b * size, std::min((b + 1) * size, edges));
+      for (int64_t b = begin; b < end; ++b) body(next.data() + b * N, b * size, std::min((b + 1) * size, M));
     });
   };
-  const auto inside = [N](int64_t j) { return static_cast<uint64_t>(j) < static_cast<uint64_t>(N); };
-  each_block([&](int64_t b, int64_t first, int64_t last) {
-    Slot* count = next.data() + b * N;
+  each_block([&](Slot* count, int64_t first, int64_t last) {
     std::fill(count, count + N, Slot(0));
-    for (int64_t e = first; e < last; ++e)
-      if (inside(indices[e])) ++count[indices[e]];
+    for (int64_t t = first; t < last; ++t) {
+      if (query_order && t + 16 < last) __builtin_prefetch(indices + query_order[t + 16] * k);
+      const int64_t* index = indices + (query_order ? query_order[t] : t) * k;
+      for (int64_t s = 0; s < k; ++s) {
+        const bool inside = static_cast<uint64_t>(index[s]) < static_cast<uint64_t>(N);
+        const Slot u = !inside ? nobody : entity_order ? static_cast<Slot>(turn[index[s]]) : static_cast<Slot>(index[s]);
+        slots[t * k + s] = u;
+        if (inside) ++count[u];
+      }
+    }
   });
   starts = Array<int64_t>(N + 1);
   int64_t total = 0;
-  for (int64_t j = 0; j < N; ++j) {
-    starts[j] = total;
+  for (int64_t u = 0; u < N; ++u) {
+    starts[u] = total;
     for (int64_t b = 0; b < blocks; ++b) {
-      const Slot count = next[b * N + j];
-      next[b * N + j] = static_cast<Slot>(total);
+      const Slot count = next[b * N + u];
+      next[b * N + u] = static_cast<Slot>(total);
       total += count;
     }
   }
   starts[N] = total;
-  slots = Array<Slot>(edges);
-  each_block([&](int64_t b, int64_t first, int64_t last) {
-    Slot* at = next.data() + b * N;
-    for (int64_t e = first; e < last; ++e)
-      if (inside(indices[e])) slots[e] = at[indices[e]]++;
+  each_block([&](Slot* at, int64_t first, int64_t last) {
+    for (int64_t e = first * k; e < last * k; ++e)
+      if (slots[e] != nobody) slots[e] = at[slots[e]]++;
   });
 }
 
@@ -108,12 +118,13 @@ std::vector<int32_t> spatial_order(const void* points, Dtype dtype, int64_t n, i
                              : order_of(static_cast<const float*>(points), n, D);
 }
 
-Incoming incoming_edges(const int64_t* indices, int64_t edges, int64_t N) {
+Incoming incoming_edges(const int64_t* indices, int64_t M, int64_t k, int64_t N, const int32_t* query_order,
+                        const int32_t* entity_order) {
   Incoming in;
-  if (edges >> 32)
-    number_edges(indices, edges, N, in.starts, in.slots64);
+  if (M * k >> 32)
+    number_edges(indices, M, k, N, query_order, entity_order, in.starts, in.slots64);
   else
-    number_edges(indices, edges, N, in.starts, in.slots);
+    number_edges(indices, M, k, N, query_order, entity_order, in.starts, in.slots);
   return in;
 }
 
