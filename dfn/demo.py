@@ -1,6 +1,7 @@
 """``python -m dfn.demo``: trains a Dynamic Flow Network on real text in two minutes and reports what came of it."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from .models import DFNLanguageModel
 from .training import History, NonFiniteLoss, Trainer
 
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
-TRAINING = dict(lr=5e-3, warmup=100)
+TRAINING = dict(lr=6e-3, warmup=100)
 LENGTH, BATCH = 256, 8
 CONTEXT, STRIDE = 256, 128  # of the evaluation
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"dfn.demo: needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'", file=sys.stderr)
+        return 1
     try:
         run(arguments.text, arguments.out, arguments.minutes, arguments.seed, table=not arguments.no_table)
     except (ValueError, OSError, NonFiniteLoss) as error:

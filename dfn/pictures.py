@@ -97,6 +97,8 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
     of their largest variance, temporal ones as time and the direction of the largest variance beside it.
     """
     plt = _plt()
+    from matplotlib.collections import LineCollection
+
     raw = bytes(text.tolist())
     start = max(raw.find(b"\n    ", len(raw) // 4), 0) + 1
     ids = torch.tensor(list(raw[start : start + length]))
@@ -121,9 +123,8 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
             here = flat[layer]
             if layer:
                 _links(ax, model, layer - 1, h, places[layer], flat[layer], chosen, places.mean((0, 1)), plane)
-                before = flat[layer - 1]
-                for a, b in zip(before.tolist(), here.tolist(), strict=True):
-                    ax.plot([a[0], b[0]], [a[1], b[1]], color="#9fb4dd", linewidth=0.7, alpha=0.55, zorder=1)
+                moves = torch.stack([flat[layer - 1], here], 1).tolist()
+                ax.add_collection(LineCollection(moves, color="#9fb4dd", linewidth=0.7, alpha=0.55, zorder=1))
             for i, (x, y) in enumerate(here.tolist()):
                 char = bytes([int(ids[i])]).decode("latin-1")
                 ax.text(x, y, _visible(char), color=KINDS[_kind(char)], fontsize=9, ha="center", va="center", zorder=4,

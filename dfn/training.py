@@ -1,6 +1,7 @@
 """Training: AdamW, warm-up and cosine decay, clipping, a progress bar; a loss that is not finite stops it."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -193,19 +194,22 @@ class _Bar:
         from tqdm import tqdm
 
         self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
-        end = f" of {trainer.seconds:.0f} s" if trainer.seconds else ""
-        self.bar = tqdm(
-            total=1000, desc="training", mininterval=0.25, dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed}" + end + " {postfix}",
-        )  # fmt: skip
+        interval = 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
+        self.bar = tqdm(total=1000, desc="training", mininterval=interval, dynamic_ncols=True, bar_format=form)
 
     def update(self, value: float, tokens: int) -> None:
+        t = self.trainer
         self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
-        text = f"step {self.trainer.step}, {self.loss / self.weight / math.log(2):.3f} bits"
-        if self.held_out is not None:
-            text += f", held out {self.held_out:.3f}"
-        self.bar.set_postfix_str(f"{text}, {tokens / max(self.trainer.elapsed, 1e-9):,.0f} tokens/s", refresh=False)
-        self.bar.update(round(1000 * self.trainer.progress) - self.bar.n)
+        parts = [
+            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
+            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
+            f"{self.loss / self.weight / math.log(2):.3f} bits",
+            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
+            f"{tokens / max(t.elapsed, 1e-9):,.0f} tokens/s",
+        ]
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        self.bar.update(round(1000 * t.progress) - self.bar.n)
 
     def close(self) -> None:
         self.bar.close()
