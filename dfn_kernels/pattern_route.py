@@ -231,7 +231,7 @@ def pattern_route(
         weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
         share = top_k / P
     if density is not None and density < 1:
-        y, share = route_with_density(x, weights, patterns, bias, density, wide)
+        y, share = route_with_density(x, weights, patterns, bias, density)
     else:
         backend = _backends.choose(OP, device)
         if backend == "reference":

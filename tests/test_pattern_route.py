@@ -1,5 +1,7 @@
 import copy
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -347,6 +349,29 @@ def test_autocast(backend):
             exact = pattern_route(**{name: x.double() for name, x in inputs.items()})
         assert y.dtype == torch.bfloat16 and exact.dtype == torch.float64
         assert same_bits(y, pattern_route(**half)) and same_bits(mixed, y)
+
+
+MEMORY = """
+import resource, torch
+from dfn_kernels import pattern_route
+T, P, d = 8192, 8, 512
+x, w, patterns, g = torch.randn(T, d), torch.randn(T, P).softmax(-1), torch.randn(P, d, d), torch.randn(T, d)
+leaves = [t.requires_grad_() for t in (x, w, patterns)]
+pattern_route(x[:64], w[:64], patterns).sum().backward()
+for leaf in leaves:
+    leaf.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pattern_route(*leaves).backward(g)
+results = sum(t.numel() * 4 for t in leaves) + T * d * 4
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - results / 2**20)
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="measures the memory of a process")
+def test_memory():
+    """Beyond its results (output and gradients), forward + backward take less than 64 MiB where F alone has 8 GiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

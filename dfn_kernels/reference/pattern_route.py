@@ -30,8 +30,8 @@ def pattern_route_density(
     ys, kept = [x.new_zeros(0, O)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        mixed = (weights[part] @ patterns.reshape(P, O * I)).view(-1, O, I)
-        keep = mixed.abs() > threshold[part, None, None]
+        mixed = (weights[part] @ patterns.reshape(P, O * I)).view(weights[part].shape[0], O, I)
+        keep = ~(mixed.abs() <= threshold[part, None, None])  # NaN is kept, and seen
         ys.append(torch.einsum("toi,ti->to", mixed.where(keep, 0), x[part]))
         kept.append(keep.sum((1, 2)))
     y = torch.cat(ys)
