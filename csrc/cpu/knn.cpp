@@ -121,6 +121,8 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
   if (warm) check_dense(*warm, "warm", ScalarType::Long, {B, M, k});
   Tensor ids = new_empty(points, {B, M, k}, ScalarType::Long);
   Tensor dists = new_empty(points, {B, M, k});
+  knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
+  knn::prefer_large_pages(dists.data_ptr(), B * M * k * (real == ScalarType::Float ? 4 : 8));
   if (real == ScalarType::Float)
     run<float>(points, queries, lengths, query_lengths, k, causal, include_self, warm, ids, dists);
   else

@@ -6,7 +6,24 @@
 #include <new>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace dfn::knn {
+
+// Asks for large pages before the first touch: a big output is written row by row in the order of the grid, so with
+// small pages page faults and TLB misses cost as much as the search.
+inline void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 template <class T>
 class Buffer {
@@ -15,6 +32,7 @@ class Buffer {
   explicit Buffer(int64_t n) : size_(n) {
     data_ = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64));
     if (!data_) throw std::bad_alloc();
+    prefer_large_pages(data_, n * sizeof(T));
   }
   Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
   Buffer& operator=(Buffer&& o) noexcept {
