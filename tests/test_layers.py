@@ -8,6 +8,7 @@ from helpers import DEVICE, same_bits
 from torch import nn
 
 from dfn.layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm, recommended_heads
+from dfn_kernels import flow_drift, gaussian_gather, knn
 
 DIM = 24
 
@@ -87,6 +88,21 @@ def test_block_in_plain_pytorch(causal, heads):
     grads = [torch.autograd.grad(out[0].square().sum() + out[1].sum(), list(block.parameters())) for out in (got, want)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_attention_of_the_building_blocks():
+    """flow_drift, knn and gaussian_gather by hand are flow_attention."""
+    a = DynamicFlowAttention(DIM, k=5)
+    s, p = torch.randn(2, 19, DIM), torch.randn(2, 4, 19, 3)
+    lengths = torch.tensor([19, 8])
+    got, drift = a(s, p, None, lengths)
+    moved = flow_drift(s, p, a.flow.weight.view(4, 3, DIM), a.flow.bias.view(4, 3), a.alpha)
+    queries, rows = moved.positions + a.offset[:, None], lengths[:, None].expand(2, 4).contiguous()
+    near = knn(moved.positions, 5, queries=queries, lengths=rows, query_lengths=rows)
+    y = gaussian_gather(moved.positions, a.split(a.value(s)), near.indices, a.log_sigma.exp(),
+                        query_positions=queries, normalize=True)  # fmt: skip
+    torch.testing.assert_close(got, y.transpose(1, 2).flatten(2))
+    assert same_bits(drift.positions, moved.positions) and same_bits(drift.energy, moved.energy)
 
 
 def causal_modules():
