@@ -1,6 +1,7 @@
 """Fused, exact kernels for PyTorch: what Dynamic Flow Networks and FlowNetwork are made of."""
 
 from ._backends import backends, use_backend
+from .block_density import BlockDensity
 from .field_sample import field_sample
 from .flow_attention import flow_attention
 from .flow_drift import Drift, FlowDriftFunction, flow_drift
@@ -14,6 +15,7 @@ from .streaming import StreamingKNN
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockDensity",
     "Drift",
     "FlowDriftFunction",
     "FlowNormFunction",

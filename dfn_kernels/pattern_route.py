@@ -63,11 +63,13 @@ def _op(
     patterns: Tensor,  # [P, O, I], in the dtype of x
     bias: Tensor | None,  # [O]
     chosen: Tensor | None,  # [T, k] int64, no duplicates in a row: weights are 0 elsewhere. None: all patterns
+    blocks: Tensor | None,  # [P, ceil(O / 128), ceil(I / 64)] bool: blocks of the patterns that count. None: all
     wide: bool,  # the output in the dtype of weights, not rounded to that of x
     backend: str,
 ) -> Tensor:  # [T, O]
+    skip, patterns = _masked(blocks, patterns, backend)
     return _launcher(backend, x).pattern_route(
-        _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(bias), _dense(chosen), wide
+        _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(bias), _dense(chosen), *skip, wide
     )
 
 
@@ -78,25 +80,30 @@ def _backward_op(
     weights: Tensor,
     patterns: Tensor,
     chosen: Tensor | None,
+    blocks: Tensor | None,
     need_tokens: bool,  # wanted: the gradients of x and weights, which come from the same product
     need_patterns: bool,
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # for x, weights, patterns, bias; empty where not wanted
-    return _launcher(backend, x).pattern_route_backward(
-        _dense_rows(grad), _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(chosen),
+    skip, patterns = _masked(blocks, patterns, backend)
+    grads = _launcher(backend, x).pattern_route_backward(
+        _dense_rows(grad), _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(chosen), *skip,
         need_tokens, need_patterns, need_bias,
     )  # fmt: skip
+    if need_patterns and blocks is not None and not skip:
+        grads[2].mul_(spread_blocks(blocks, patterns))
+    return grads
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
-def _(x, weights, patterns, bias, chosen, wide, backend):
+def _(x, weights, patterns, bias, chosen, blocks, wide, backend):
     return x.new_empty(x.shape[0], patterns.shape[1], dtype=weights.dtype if wide else x.dtype)
 
 
 @_backward_op.register_fake
-def _(grad, x, weights, patterns, chosen, need_tokens, need_patterns, need_bias, backend):
+def _(grad, x, weights, patterns, chosen, blocks, need_tokens, need_patterns, need_bias, backend):
     return (
         x.new_empty(x.shape if need_tokens else 0),
         weights.new_empty(weights.shape if need_tokens else 0),
@@ -114,6 +121,22 @@ def _launcher(backend: str, x: Tensor):
     return torch.ops.dfn_cpu if x.device.type == "cpu" else torch.ops.dfn_cuda
 
 
+BLOCK = (128, 64)
+
+
+def spread_blocks(blocks: Tensor, patterns: Tensor) -> Tensor:
+    """The mask of blocks as one of entries, [P, O, I]."""
+    _, O, I = patterns.shape
+    return blocks.repeat_interleave(BLOCK[0], 1)[:, :O].repeat_interleave(BLOCK[1], 2)[:, :, :I]
+
+
+def _masked(blocks: Tensor | None, patterns: Tensor, backend: str) -> tuple[tuple, Tensor]:
+    """What a launcher is told of the blocks: the C++ kernels skip them, the others get patterns that are 0 there."""
+    if backend == "native" and patterns.device.type == "cpu":
+        return (_dense(blocks),), patterns
+    return (), patterns if blocks is None else patterns * spread_blocks(blocks, patterns)
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
@@ -124,15 +147,15 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
-    x, weights, patterns, bias, chosen, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weights, patterns, chosen)
+    x, weights, patterns, bias, chosen, blocks, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weights, patterns, chosen, blocks)
 
 
 def _backward(ctx, grad):
     need_x, need_weights, need_patterns, need_bias = ctx.needs_input_grad[:4]
     grads = _backward_op(grad, *ctx.saved_tensors, need_x or need_weights, need_patterns, need_bias, ctx.backend)
     wanted = (need_x, need_weights, need_patterns, need_bias)
-    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -210,6 +233,11 @@ def pattern_route(
     >>> pattern_route(torch.tensor([[3.0, 5.0]]), torch.tensor([[0.75, 0.25]]), patterns)
     tensor([[3.5000, 4.5000]])
     """
+    return route(x, weights, patterns, bias, top_k, density, out_dtype, return_share)
+
+
+def route(x, weights, patterns, bias, top_k, density, out_dtype, return_share, blocks=None, blocks_share=1.0):
+    """`pattern_route`, with the blocks of `BlockDensity`."""
     _check(x, weights, patterns, bias, top_k, density, out_dtype, return_share)
     device = x.device.type
     P, O, _ = patterns.shape
@@ -225,20 +253,22 @@ def pattern_route(
     bias = None if bias is None else bias.to(real)
 
     chosen = None
-    share = 1.0
+    share = blocks_share
     if top_k is not None and top_k < P:
         chosen = largest(weights.detach(), top_k)
         weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
-        share = top_k / P
+        share *= top_k / P
     if density is not None and density < 1:
         y, share = route_with_density(x, weights, patterns, bias, density)
     else:
         backend = _backends.choose(OP, device)
         if backend == "reference":
+            if blocks is not None:
+                patterns = patterns * spread_blocks(blocks, patterns)
             with torch.autocast(device, enabled=False):
                 y = reference(x, weights, patterns, bias)
         else:
-            y = _op(x, weights, patterns, bias, chosen, wide, backend)
+            y = _op(x, weights, patterns, bias, chosen, blocks, wide, backend)
     y = y.to(out_dtype).reshape(*lead, O)
     if not return_share:
         return y

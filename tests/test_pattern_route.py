@@ -296,7 +296,7 @@ def test_same_bits_every_time(backend):
 def test_function_and_second_derivative(backend):
     inputs = make(T=4, P=2, O=3, I=5, dtype=torch.float64)
     x, weights, patterns, bias = (value.requires_grad_() for value in inputs.values())
-    y = PatternRouteFunction.apply(x, weights, patterns, bias, None, False, backend)
+    y = PatternRouteFunction.apply(x, weights, patterns, bias, None, None, False, backend)
     with dfn_kernels.use_backend(backend):
         assert same_bits(y, pattern_route(**inputs))
         (grad,) = torch.autograd.grad(pattern_route(**inputs).square().sum(), x, create_graph=True)
@@ -316,7 +316,7 @@ def test_opcheck(backend):
         floats = [x.requires_grad_() for x in i.values()]
         chosen = torch.arange(14, device=DEVICE).view(7, 2) % 5
         for choice in (None, chosen):
-            torch.library.opcheck(torch.ops.dfn.pattern_route, (*floats, choice, wide, backend))
+            torch.library.opcheck(torch.ops.dfn.pattern_route, (*floats, choice, None, wide, backend))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICE != "cpu" or b != "triton"])

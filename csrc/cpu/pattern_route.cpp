@@ -34,7 +34,7 @@ Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t column
   return Matrix{t.data_ptr(), t.stride(0)};
 }
 
-RouteProblem describe(const Tensor& x, const Tensor& weights, const Tensor& patterns) {
+RouteProblem describe(const Tensor& x, const Tensor& weights, const Tensor& patterns, const std::optional<Tensor>& blocks) {
   RouteProblem g = {};
   STD_TORCH_CHECK(x.dim() == 2 && patterns.dim() == 3, "expected x [T, I] and patterns [P, O, I]");
   g.T = x.size(0), g.I = x.size(1), g.P = patterns.size(0), g.O = patterns.size(1);
@@ -53,6 +53,11 @@ RouteProblem describe(const Tensor& x, const Tensor& weights, const Tensor& patt
   g.patterns = patterns.data_ptr();
   g.pattern_stride = patterns.stride(0);
   g.row_stride = patterns.stride(1);
+  g.blocks = {nullptr, ceil_div(g.O, BlockMask::kRows), ceil_div(g.I, BlockMask::kColumns)};
+  if (blocks) {
+    check_dense(*blocks, "blocks", ScalarType::Bool, {g.P, g.blocks.rows, g.blocks.columns});
+    g.blocks.active = static_cast<const bool*>(blocks->data_ptr());
+  }
   g.pairs = g.dtype == Dtype::bf16 && multiplies_pairs_of_bfloat16();
   return g;
 }
@@ -105,8 +110,8 @@ Blocks token_blocks(const RouteProblem& g) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& weights, const Tensor& patterns, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& chosen, bool wide) {
-  RouteProblem g = describe(x, weights, patterns);
+               const std::optional<Tensor>& chosen, const std::optional<Tensor>& blocks, bool wide) {
+  RouteProblem g = describe(x, weights, patterns, blocks);
   const Lists lists(chosen, g.T, g.P);
   g.lists = lists.view();
   g.wide = wide;
@@ -132,8 +137,9 @@ Tensor forward(const Tensor& x, const Tensor& weights, const Tensor& patterns, c
 // -> gradients of x, weights, patterns, bias; empty where not wanted
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weights,
                                                     const Tensor& patterns, const std::optional<Tensor>& chosen,
-                                                    bool need_tokens, bool need_patterns, bool need_bias) {
-  RouteProblem g = describe(x, weights, patterns);
+                                                    const std::optional<Tensor>& blocks, bool need_tokens,
+                                                    bool need_patterns, bool need_bias) {
+  RouteProblem g = describe(x, weights, patterns, blocks);
   const Lists lists(chosen, g.T, g.P);
   g.lists = lists.view();
   g.grad = matrix_of(grad, "grad", g.T, g.O);
@@ -179,9 +185,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
 }  // namespace dfn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cpu, m) {
-  m.def("pattern_route(Tensor x, Tensor weights, Tensor patterns, Tensor? bias, Tensor? chosen, bool wide) -> Tensor");
+  m.def("pattern_route(Tensor x, Tensor weights, Tensor patterns, Tensor? bias, Tensor? chosen, Tensor? blocks, "
+        "bool wide) -> Tensor");
   m.def("pattern_route_backward(Tensor grad, Tensor x, Tensor weights, Tensor patterns, Tensor? chosen, "
-        "bool need_tokens, bool need_patterns, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor? blocks, bool need_tokens, bool need_patterns, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(dfn_cpu, CPU, m) {
   m.impl("pattern_route", TORCH_BOX(&dfn::forward));

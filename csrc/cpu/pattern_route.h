@@ -18,6 +18,17 @@ struct TokenLists {
   const int32_t* token;
 };
 
+// Which 128 x 64 blocks of each pattern count; the others are taken for 0.
+struct BlockMask {
+  static constexpr int64_t kRows = 128, kColumns = 64;
+  const bool* active;     // [P, ceil(O / kRows), ceil(I / kColumns)], or null: all of them
+  int64_t rows, columns;  // blocks
+
+  bool operator()(int64_t p, int64_t o, int64_t i) const {
+    return active == nullptr || active[(p * rows + o / kRows) * columns + i / kColumns];
+  }
+};
+
 struct RouteProblem {
   int64_t T, P, O, I;
   Dtype dtype;       // of x, patterns, grad_x, grad_patterns
@@ -30,6 +41,7 @@ struct RouteProblem {
   int64_t pattern_stride, row_stride;
   const void* bias;         // [O] or null
   TokenLists lists;
+  BlockMask blocks;
   void* out;                // forward: [T, O]
   // backward
   Matrix grad;              // [T, O]

@@ -5,6 +5,8 @@
 namespace dfn::DFN_ISA {
 namespace {
 
+static_assert(BlockMask::kRows % kCols<float> == 0 && BlockMask::kColumns % kCols<float> == 0);
+
 constexpr int64_t kDepth = 512;  // of one packed block: the weights multiply sums of this many products
 
 int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -42,7 +44,9 @@ void multiply_tokens(const RouteProblem& g, const Matrix& left, int64_t K, int64
                      A* total, const Matrix* along, A* grad_weights) {
   constexpr int R = kRows, C = kCols<A>;
   using LeftUnit = Unit<A, L, Pairs>;
-  const int64_t rows = t1 - t0, width = up(c1 - c0, C), depth = LeftUnit::count(least(K, kDepth));
+  // Where blocks are left out, one step along k stays in one block.
+  const int64_t step = !g.blocks.active ? kDepth : Across ? BlockMask::kColumns : BlockMask::kRows;
+  const int64_t rows = t1 - t0, width = up(c1 - c0, C), depth = LeftUnit::count(least(K, step));
   Scratch<A> packed_left(up(rows, R) * depth), packed_right(C * depth);
   Scratch<int32_t> places(g.lists.start ? rows : 0);
   alignas(64) A tile[R * C];
@@ -57,8 +61,8 @@ void multiply_tokens(const RouteProblem& g, const Matrix& left, int64_t K, int64
     }
   };
 
-  for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
-    const int64_t k = least(K - k0, kDepth), units = LeftUnit::count(k);
+  for (int64_t k0 = 0; k0 < K; k0 += step) {
+    const int64_t k = least(K - k0, step), units = LeftUnit::count(k);
     if (!g.lists.start) pack_left(nullptr, rows, k0, k);
     for (int64_t p = 0; p < g.P; ++p) {
       Chosen chosen{nullptr, rows};
@@ -70,6 +74,7 @@ void multiply_tokens(const RouteProblem& g, const Matrix& left, int64_t K, int64
       }
       const V* pattern = static_cast<const V*>(g.patterns) + p * g.pattern_stride;
       for (int64_t c = c0; c < c1; c += C) {
+        if (!g.blocks(p, Across ? c : k0, Across ? k0 : c)) continue;
         const int64_t valid = least(c1 - c, C);
         if (Across) pack_across<A, V, Pairs, C>(pattern + c * g.row_stride + k0, g.row_stride, valid, k, packed_right.data);
         else pack_along<A, V, Pairs, C>(pattern + k0 * g.row_stride + c, g.row_stride, valid, k, packed_right.data);
@@ -143,7 +148,7 @@ void backward_patterns_block(const RouteProblem& g, int64_t p, int64_t o0, int64
         pack_along<A, V, false, C>(static_cast<const V*>(g.x.data) + token(e) * g.x.stride + c, 0, least(c1 - c, C), 1,
                                    packed_right.data + (c - c0) * depth + e * C);
     for (int64_t o = o0; o < o1; o += R) {
-      const int64_t valid = least(o1 - o, R);
+      const int64_t valid = least(o1 - o, R), last_row = o + valid - 1;
       for (int64_t e = 0; e < k; ++e) {
         const G* grad = static_cast<const G*>(g.grad.data) + token(e) * g.grad.stride + o;
         const A weight = static_cast<const A*>(g.weights)[token(e) * g.P + p];
@@ -154,6 +159,7 @@ void backward_patterns_block(const RouteProblem& g, int64_t p, int64_t o0, int64
           for (int r = 0; r < R; ++r) to[r] = r < valid ? weight * to_float(grad[r]) : A(0);
       }
       for (int64_t c = 0; c < width; c += C) {
+        if (!g.blocks(p, o, c0 + c) && !g.blocks(p, last_row, c0 + c)) continue;
         tile_product<A>(k, packed_left.data, packed_right.data + c * depth, tile);
         for (int r = 0; r < R; ++r) {
           A* sums = total.data + (o - o0 + r) * width + c;
@@ -162,6 +168,10 @@ void backward_patterns_block(const RouteProblem& g, int64_t p, int64_t o0, int64
       }
     }
   }
+  if (g.blocks.active)  // a tile of sums may reach into a block that does not count
+    for (int64_t o = o0; o < o1; ++o)
+      for (int64_t c = c0; c < c1; ++c)
+        if (!g.blocks(p, o, c)) total[(o - o0) * width + (c - c0)] = 0;
   for (int64_t o = o0; o < o1; ++o)
     write_row(total.data + (o - o0) * width, c1 - c0, static_cast<V*>(g.grad_patterns) + (p * g.O + o) * g.I + c0);
 }
