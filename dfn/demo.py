@@ -17,7 +17,7 @@ from .training import History, NonFiniteLoss, Trainer
 
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
-LENGTH, BATCH = 256, 8
+LENGTH, BATCH = 128, 16
 CONTEXT, STRIDE = 256, 128  # of the evaluation
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
