@@ -208,6 +208,57 @@ def test_same_bits_every_time(backend):
         assert inputs[name] is before[name] or torch.equal(inputs[name], before[name]), f"{name} was changed"
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C++ kernels serve large inputs in another order")
+@pytest.mark.parametrize("case", ["uniform", "queries", "heads", "clusters", "hubs", "all equal", "outlier"])
+def test_large_inputs_on_the_cpu(case):
+    """Large enough for the spatial order, for blocks of edges and, with hubs, for lists that are split."""
+    N, k, c = 5003, 7, 40
+    M = 4001 if case == "queries" else N
+    inputs = make(B=1, H=2 if case == "heads" else 1, N=N, M=M, D=3, c=c, k=k, queries=case == "queries")
+    positions = inputs["positions"]
+    if case == "clusters":
+        positions.copy_(torch.randint(0, 3, positions.shape) + 1e-3 * positions)
+    elif case == "hubs":
+        inputs["indices"][..., :2] = torch.tensor([5, 4000])
+    elif case == "all equal":
+        positions.zero_()
+        inputs["indices"].copy_(torch.arange(k).expand(1, 1, N, k))
+    elif case == "outlier":
+        positions[0, 0, 17] = 1e10
+    elif case == "heads":  # one list of neighbours for both
+        inputs["indices"] = inputs["indices"][:, :1].expand(1, 2, N, k)
+    check_against_reference(gaussian_gather, {**inputs, "normalize": case != "all equal"}, "native")
+    grads = []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        copies = leaves(inputs)
+        out = gaussian_gather(**copies)
+        out.square().sum().backward()
+        grads.append([out.detach()] + [x.grad for x in copies.values() if torch.is_tensor(x) and x.requires_grad])
+    torch.set_num_threads(threads)
+    assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_asked_for(backend):
+    inputs = make()
+    names = [n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()]
+
+    def grads(asked):
+        copies = {n: x.clone().requires_grad_(n in asked) if n in names else x for n, x in inputs.items()}
+        with dfn_kernels.use_backend(backend):
+            gaussian_gather(**copies, normalize=True).square().sum().backward()
+        return {n: copies[n].grad for n in names}
+
+    every = grads(names)
+    for size in (1, 2):
+        for asked in itertools.combinations(names, size):
+            for name, grad in grads(asked).items():
+                assert (grad is None) == (name not in asked)
+                assert grad is None or same_bits(grad, every[name])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_function_and_second_derivative(backend):
     inputs = make(B=1, H=1, N=4, M=4, c=3, k=2, queries=False, influence=None, dtype=torch.float64)

@@ -24,7 +24,7 @@ struct Workspace {
   Scratch<int64_t> index, slot;
   Scratch<const V*> rows;
   Scratch<A> gauss, weight, sq_dist, along;
-  explicit Workspace(int64_t n) : index(n), slot(n), rows(n), gauss(n), weight(n), sq_dist(n), along(n) {}
+  explicit Workspace(int64_t n) : index(n + 1), slot(n + 1), rows(n), gauss(n), weight(n), sq_dist(n), along(n) {}
 };
 
 template <class A, int kDims>
@@ -46,20 +46,22 @@ inline void squared_distances(const GatherProblem& g, const A* q, int64_t count,
 
 template <class A, class V>
 inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w) {
-  Query<A, V> query = {0, w.index.data, w.slot.data, w.rows.data, w.gauss.data, w.weight.data, w.sq_dist.data, true};
-  const int64_t* index = g.indices + i * g.k;
+  // Local copies of what the loops need: the compiler must assume that a store may change g.
+  const int64_t k = g.k, N = g.N, stride = g.values_stride, *row = g.indices + i * k;
   const V* values = static_cast<const V*>(g.values);
-  for (int64_t s = 0; s < g.k; ++s) {
-    const int64_t j = index[s];
-    if (static_cast<uint64_t>(j) < static_cast<uint64_t>(g.N)) {
-      query.index[query.count] = j;
-      query.slot[query.count] = s;
-      query.rows[query.count] = values + j * g.values_stride;
-      ++query.count;
-    } else {
-      query.valid &= j == -1;
-    }
+  int64_t *index = w.index.data, *slot = w.slot.data, count = 0;
+  bool valid = true;
+  for (int64_t s = 0; s < k; ++s) {  // without a branch: what is written for a missing neighbour is overwritten
+    const int64_t j = row[s];
+    const bool inside = static_cast<uint64_t>(j) < static_cast<uint64_t>(N);
+    index[count] = j;
+    slot[count] = s;
+    count += inside;
+    valid &= inside | (j == -1);
   }
+  const V** rows = w.rows.data;
+  for (int64_t s = 0; s < count; ++s) rows[s] = values + index[s] * stride;
+  const Query<A, V> query = {count, index, slot, rows, w.gauss.data, w.weight.data, w.sq_dist.data, valid};
   const A* q = static_cast<const A*>(g.queries) + i * g.D;
   switch (g.D) {
     case 1: squared_distances<A, 1>(g, q, query.count, query.index, query.sq_dist); break;
@@ -68,24 +70,24 @@ inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w
     default: squared_distances<A, 0>(g, q, query.count, query.index, query.sq_dist);
   }
   const A sigma = static_cast<A>(g.sigma), scale = A(-0.5) / (sigma * sigma);
-  A top = -INFINITY;
-  for (int64_t s = 0; s < query.count; ++s) {
-    query.gauss[s] = scale * query.sq_dist[s];
-    if (query.gauss[s] > top) top = query.gauss[s];
+  const A *influence = static_cast<const A*>(g.influence), *sq_dist = query.sq_dist;
+  A *gauss = query.gauss, *weight = query.weight, shift = 0;
+  if (g.normalize && count > 0) {
+    A least = sq_dist[0];
+    for (int64_t s = 1; s < count; ++s)
+      if (sq_dist[s] < least) least = sq_dist[s];
+    if (scale * least > -INFINITY) shift = scale * least;
   }
-  if (g.normalize && top > -INFINITY)
-    for (int64_t s = 0; s < query.count; ++s) query.gauss[s] -= top;
-  exp_nonpositive(query.gauss, query.count);
-  const A* influence = static_cast<const A*>(g.influence);
-  for (int64_t s = 0; s < query.count; ++s)
-    query.weight[s] = influence ? query.gauss[s] * influence[query.index[s]] : query.gauss[s];
+  for (int64_t s = 0; s < count; ++s) gauss[s] = scale * sq_dist[s] - shift;
+  exp_nonpositive(gauss, count);
+  for (int64_t s = 0; s < count; ++s) weight[s] = influence ? gauss[s] * influence[index[s]] : gauss[s];
   if (g.normalize) {
     A total = 0;
-    for (int64_t s = 0; s < query.count; ++s) total += query.weight[s];
+    for (int64_t s = 0; s < count; ++s) total += weight[s];
     const A factor = total != 0 ? 1 / total : 0;
-    for (int64_t s = 0; s < query.count; ++s) {
-      query.gauss[s] *= factor;
-      query.weight[s] *= factor;
+    for (int64_t s = 0; s < count; ++s) {
+      gauss[s] *= factor;
+      weight[s] *= factor;
     }
   }
   return query;
@@ -94,13 +96,16 @@ inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w
 // Served in spatial order, a query's indices and its output lie anywhere, and of its neighbours one or two are new.
 // (GCC drops calls of a function that only prefetches: it must be inlined.)
 template <class A, class V>
-__attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, int64_t at, int64_t end) {
+__attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, const V* own, int64_t own_stride,
+                                                       int64_t at, int64_t end) {
   constexpr int64_t kLine = 64, kFar = 12, kNear = 3;
   const auto query = [&g](int64_t t) { return g.query_order ? int64_t(g.query_order[t]) : t; };
   if (at + kFar < end && g.query_order) {
     const char* index = reinterpret_cast<const char*>(g.indices + query(at + kFar) * g.k);
     for (int64_t x = 0; x < g.k * 8; x += kLine) __builtin_prefetch(index + x);
     __builtin_prefetch(static_cast<const A*>(g.queries) + query(at + kFar) * g.D);
+    const char* row = reinterpret_cast<const char*>(own + query(at + kFar) * own_stride);
+    for (int64_t x = 0; x < g.c * int64_t(sizeof(V)); x += kLine) __builtin_prefetch(row + x);
   }
   if (at + kNear < end) {
     const int64_t i = query(at + kNear);
@@ -120,7 +125,7 @@ bool forward(const GatherProblem& g, int64_t begin, int64_t end) {
   Workspace<A, V> w(g.k);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t i = g.query_order ? g.query_order[at] : at;
-    fetch_ahead<A, V>(g, at, end);
+    fetch_ahead<A, V>(g, static_cast<const V*>(g.out), g.out_stride, at, end);
     const Query<A, V> query = look_up<A, V>(g, i, w);
     valid &= query.valid;
     weighted_sum<A, V>(query.count, g.c, query.weight, query.rows, static_cast<V*>(g.out) + i * g.out_stride);
@@ -135,7 +140,7 @@ void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
   const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t i = g.query_order ? g.query_order[at] : at;
-    fetch_ahead<A, V>(g, at, end);
+    fetch_ahead<A, V>(g, static_cast<const V*>(g.grad), g.grad_stride, at, end);
     const Query<A, V> query = look_up<A, V>(g, i, w);
     A* along = w.along.data;
     for (int64_t s = 0; s < query.count; ++s) along[s] = 0;
@@ -174,14 +179,30 @@ void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
 }
 
 // What the edges [first, last) bring to the position and the influence of the entity at p.
-template <class A>
+template <class A, int kDims>
 inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_t last, A* grad_p, A* grad_influence) {
   const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
   const A* queries = static_cast<const A*>(g.queries);
+  A total[kDims > 0 ? kDims : 1] = {}, influence = 0;
   for (int64_t e = first; e < last; ++e) {
-    if (g.grad_positions)
-      for (int64_t a = 0; a < g.D; ++a) grad_p[a] += edges[e].slope * (queries[edges[e].query * g.D + a] - p[a]);
-    *grad_influence += edges[e].influence;
+    const A slope = edges[e].slope, *q = queries + edges[e].query * (kDims > 0 ? kDims : g.D);
+    if constexpr (kDims > 0)
+      for (int a = 0; a < kDims; ++a) total[a] += slope * (q[a] - p[a]);
+    else
+      for (int64_t a = 0; a < g.D; ++a) grad_p[a] += slope * (q[a] - p[a]);
+    influence += edges[e].influence;
+  }
+  if constexpr (kDims > 0)
+    for (int a = 0; a < kDims; ++a) grad_p[a] += total[a];
+  *grad_influence += influence;
+}
+template <class A>
+inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_t last, A* grad_p, A* grad_influence) {
+  switch (g.D) {
+    case 1: return add_slopes<A, 1>(g, p, first, last, grad_p, grad_influence);
+    case 2: return add_slopes<A, 2>(g, p, first, last, grad_p, grad_influence);
+    case 3: return add_slopes<A, 3>(g, p, first, last, grad_p, grad_influence);
+    default: return add_slopes<A, 0>(g, p, first, last, grad_p, grad_influence);
   }
 }
 
