@@ -10,6 +10,7 @@ from .gaussian_gather import GaussianGatherFunction, gaussian_gather
 from .knn import KnnFunction, KNNIndex, Neighbors, knn
 from .low_rank_route import low_rank_route
 from .pattern_route import PatternRouteFunction, pattern_route
+from .quantized_route import QuantizedPatterns, quantize_patterns
 from .streaming import StreamingKNN
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "KnnFunction",
     "Neighbors",
     "PatternRouteFunction",
+    "QuantizedPatterns",
     "StreamingKNN",
     "backends",
     "field_sample",
@@ -34,5 +36,6 @@ __all__ = [
     "knn",
     "low_rank_route",
     "pattern_route",
+    "quantize_patterns",
     "use_backend",
 ]
