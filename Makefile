@@ -12,6 +12,9 @@ env: $(VENV)/.built
 $(VENV)/.deps: requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@# GPU builds of torch bring their own Triton, which must stay; with a CPU build, take the version the tests know.
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check "triton==3.7.1; platform_system == 'Linux'"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(NATIVE)
