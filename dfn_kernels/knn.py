@@ -1,5 +1,6 @@
 """Exact k nearest neighbours. Read from top to bottom: check, schema, fake, backends, autograd, public."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ def _op(
     include_self: bool,
     check: bool,
     warm: Tensor | None,  # [B, M, k]
+    index: int,  # 0, or the number of these points' grid on the CPU
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
     points, queries, lengths, query_lengths, warm = (
@@ -103,13 +105,13 @@ def _op(
 
         indices, sq_dists = triton_knn(*arguments)
     else:
-        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, warm)
+        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, warm, index)
     return sq_dists, indices
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
-def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, backend):
+def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend):
     shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
     return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
@@ -127,7 +129,7 @@ def _backward(ctx, grad, _):
     own = queries is None
     B, N, D = points.shape
     M, k = indices.shape[1:]
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad is None or N == 0:
         return (None, None, *nothing)
     present = (indices >= 0).unsqueeze(-1)
@@ -209,7 +211,7 @@ def knn(
     return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
 
 
-def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm) -> Neighbors:
+def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, index=0) -> Neighbors:
     real = compute_dtype(positions, queries)
     *lead, N, D = positions.shape
     M = N if queries is None else queries.shape[-2]
@@ -221,6 +223,7 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
         None if query_lengths is None else query_lengths.reshape(B),
         k, bool(causal), bool(include_self), bool(check),
         None if warm is None else warm.reshape(B, M, k),
+        index,
         _backends.choose(OP, positions.device.type),
     )  # fmt: skip
     return Neighbors(indices.view(*lead, M, k), sq_dists.view(*lead, M, k))
@@ -229,12 +232,20 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
 class KNNIndex:
     """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
 
-    Arguments and results are those of `knn`. The positions must not be changed while the index is in use.
+    Arguments and results are those of `knn`. On the CPU the positions are sorted once, here; causal queries sort prefixes
+    of them again. The positions must not be changed in place while the index is in use.
     """
 
     def __init__(self, positions: Tensor, lengths: Tensor | None = None):
         _check(positions, 1, None, False, True, lengths, None)
-        self.positions, self.lengths = positions, lengths
+        self.positions = positions.to(compute_dtype(positions)).contiguous()
+        self.lengths = lengths
+        self._number = 0
+        if positions.device.type == "cpu" and _backends.missing(OP, "native", "cpu") is None:
+            B, (N, D) = positions.shape[:-2].numel(), positions.shape[-2:]
+            counts = None if lengths is None else lengths.reshape(B).contiguous()
+            self._number = torch.ops.dfn_cpu.knn_index(self.positions.detach().view(B, N, D), counts)
+            weakref.finalize(self, torch.ops.dfn_cpu.knn_forget, self._number)
 
     def query(
         self,
@@ -252,7 +263,8 @@ class KNNIndex:
         """
         found = None if warm is None else warm.indices
         _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
-        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found)
+        number = self._number if queries is None or queries.dtype != torch.float64 else 0  # sorted in float32, perhaps
+        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, number)
 
     def __repr__(self) -> str:
         return f"KNNIndex(positions={list(self.positions.shape)}, {self.positions.dtype}, {self.positions.device})"

@@ -221,7 +221,7 @@ def test_gradients(backend):
         assert not found.indices.requires_grad
         (grad,) = torch.autograd.grad(found.sq_dists.sum(), p)  # missing neighbours: 0, not NaN
         assert grad.isfinite().all() and grad.abs().sum() > 0
-        via_function = KnnFunction.apply(p, q, None, None, 3, False, True, True, None, backend)
+        via_function = KnnFunction.apply(p, q, None, None, 3, False, True, True, None, 0, backend)
         assert same_bits(via_function[0], knn(p, 3, queries=q).sq_dists)
         assert torch.autograd.grad(via_function[0].sum(), q)[0].abs().sum() > 0
 
@@ -231,8 +231,8 @@ def test_opcheck(backend):
     p = torch.rand(2, 9, 2, device=DEVICE).requires_grad_()
     q = torch.rand(2, 5, 2, device=DEVICE).requires_grad_()
     lengths = torch.tensor([2, 9], device=DEVICE)
-    torch.library.opcheck(torch.ops.dfn.knn, (p, None, lengths, None, 2, True, False, True, None, backend))
-    torch.library.opcheck(torch.ops.dfn.knn, (p, q, None, None, 2, False, True, True, None, backend))
+    torch.library.opcheck(torch.ops.dfn.knn, (p, None, lengths, None, 2, True, False, True, None, 0, backend))
+    torch.library.opcheck(torch.ops.dfn.knn, (p, q, None, None, 2, False, True, True, None, 0, backend))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICE != "cpu" or b != "triton"])
@@ -288,6 +288,19 @@ def test_index(backend):
             index.query(k, queries, causal=True)
         with pytest.raises(ValueError, match=r"knn: warm.indices must have shape"):
             index.query(k + 1, warm=found)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "native"])
+def test_index_on_hostile_sets(backend):
+    for name in ("denormal", "256 positions", "lattice", "line 0"):
+        positions = point_sets.points(name, 1500, 2)
+        index = KNNIndex(positions)
+        for k, options in ((3, {}), (20, dict(include_self=False)), (70, dict(queries=torch.rand(99, 2)))):
+            got, want = index.query(k, **options), reference(positions, k, **options)
+            assert same_bits(got.indices, want.indices) and same_bits(got.sq_dists, want.sq_dists)
+    other = copy.copy(index)
+    del index  # the grid is forgotten with it; the copy searches without
+    assert same_bits(other.query(5).indices, knn(positions, 5).indices)
 
 
 # ---- large ----------------------------------------------------------------------------------------------------------

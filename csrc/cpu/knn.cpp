@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "common/tensors.h"
@@ -66,10 +69,24 @@ void fill(knn::Request<T>& r, int64_t from, int64_t rows) {
   std::fill(r.dists + from * r.k, r.dists + rows * r.k, std::numeric_limits<T>::infinity());
 }
 
+// Grids that a KNNIndex has had built, one per batch entry; null where a grid does not pay.
+template <class T>
+using Grids = std::vector<std::unique_ptr<knn::BuiltGrid<T>>>;
+
+struct Index {
+  Tensor points;
+  Grids<float> f32;
+  Grids<double> f64;
+};
+
+std::mutex index_mutex;
+std::unordered_map<int64_t, std::shared_ptr<Index>> indexes;  // by the number that Python holds
+int64_t next_index = 1;
+
 template <class T>
 void run(const Tensor& points, const std::optional<Tensor>& queries, const std::optional<Tensor>& lengths,
          const std::optional<Tensor>& query_lengths, int64_t k, bool causal, bool include_self,
-         const std::optional<Tensor>& warm, Tensor& ids, Tensor& dists) {
+         const std::optional<Tensor>& warm, const Grids<T>* grids, Tensor& ids, Tensor& dists) {
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2), M = ids.size(1);
   const knn::Pool pool = torch_pool();
   auto one = [&](int64_t b, const knn::Pool& threads) {
@@ -90,7 +107,10 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const std::
       warm_bounds(r, static_cast<const int64_t*>(warm->data_ptr()) + b * M * k, bound.data(), threads);
       r.bound = bound.data();
     }
-    knn::search(r, threads);
+    if (grids && (*grids)[b] && !causal)
+      knn::search(r, *(*grids)[b], threads);
+    else
+      knn::search(r, threads);
     fill(r, r.m, M);
   };
   // Many small sets: one thread each. Few or large ones: all threads on each in turn.
@@ -104,7 +124,8 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const std::
 // -> indices [B, M, k] int64, squared distances [B, M, k]
 std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tensor>& queries,
                                   const std::optional<Tensor>& lengths, const std::optional<Tensor>& query_lengths,
-                                  int64_t k, bool causal, bool include_self, const std::optional<Tensor>& warm) {
+                                  int64_t k, bool causal, bool include_self, const std::optional<Tensor>& warm,
+                                  int64_t index) {
   STD_TORCH_CHECK(points.dim() == 3, "points: expected 3 dimensions");
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
   const ScalarType real = points.scalar_type();
@@ -123,11 +144,58 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
   Tensor dists = new_empty(points, {B, M, k});
   knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
   knn::prefer_large_pages(dists.data_ptr(), B * M * k * (real == ScalarType::Float ? 4 : 8));
+  std::shared_ptr<Index> built;
+  if (index) {
+    const std::lock_guard lock(index_mutex);
+    const auto at = indexes.find(index);
+    // Forgotten, or other points by now: the plain search gives the same result.
+    if (at != indexes.end() && at->second->points.data_ptr() == points.data_ptr()) built = at->second;
+  }
   if (real == ScalarType::Float)
-    run<float>(points, queries, lengths, query_lengths, k, causal, include_self, warm, ids, dists);
+    run<float>(points, queries, lengths, query_lengths, k, causal, include_self, warm, built ? &built->f32 : nullptr,
+               ids, dists);
   else
-    run<double>(points, queries, lengths, query_lengths, k, causal, include_self, warm, ids, dists);
+    run<double>(points, queries, lengths, query_lengths, k, causal, include_self, warm, built ? &built->f64 : nullptr,
+                ids, dists);
   return {ids, dists};
+}
+
+template <class T>
+Grids<T> grids_of(const Tensor& points, const std::optional<Tensor>& lengths) {
+  const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
+  const knn::Pool pool = torch_pool();
+  const knn::ExactFloats exact;
+  Grids<T> grids(B);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t n = length_of(lengths, b, N);
+    if (!knn::worth_a_grid(n, static_cast<int>(D))) continue;
+    const knn::Rows<T> rows{static_cast<const T*>(points.data_ptr()) + b * N * D, n, static_cast<int>(D)};
+    const knn::Cuts<T>* own = nullptr;
+    grids[b] = std::make_unique<knn::BuiltGrid<T>>(knn::build_grid(rows, 16, false, own, pool));
+  }
+  return grids;
+}
+
+// Sorts the points of a KNNIndex; the number stands for the result until knn_forget.
+int64_t knn_index(const Tensor& points, const std::optional<Tensor>& lengths) {
+  STD_TORCH_CHECK(points.dim() == 3 && points.size(2) >= 1 && points.size(1) < (int64_t(1) << 31), "points: bad shape");
+  const ScalarType real = points.scalar_type();
+  STD_TORCH_CHECK(real == ScalarType::Float || real == ScalarType::Double, "points: expected float32 or float64");
+  check_dense(points, "points", real, {points.size(0), points.size(1), points.size(2)});
+  if (lengths) check_dense(*lengths, "lengths", ScalarType::Long, {points.size(0)});
+  auto index = std::make_shared<Index>(Index{points, {}, {}});
+  if (real == ScalarType::Float)
+    index->f32 = grids_of<float>(points, lengths);
+  else
+    index->f64 = grids_of<double>(points, lengths);
+  const std::lock_guard lock(index_mutex);
+  indexes[next_index] = std::move(index);
+  return next_index++;
+}
+
+void knn_forget(int64_t index) {
+  const std::lock_guard lock(index_mutex);
+  indexes.erase(index);
 }
 
 }  // namespace
@@ -135,6 +203,12 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cpu, m) {
   m.def("knn(Tensor points, Tensor? queries, Tensor? lengths, Tensor? query_lengths, int k, bool causal, "
-        "bool include_self, Tensor? warm) -> (Tensor, Tensor)");
+        "bool include_self, Tensor? warm, int index=0) -> (Tensor, Tensor)");
+  m.def("knn_index(Tensor points, Tensor? lengths) -> int");
+  m.def("knn_forget(int index) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(dfn_cpu, CPU, m) { m.impl("knn", TORCH_BOX(&dfn::knn_op)); }
+STABLE_TORCH_LIBRARY_IMPL(dfn_cpu, CPU, m) {
+  m.impl("knn", TORCH_BOX(&dfn::knn_op));
+  m.impl("knn_index", TORCH_BOX(&dfn::knn_index));
+}
+STABLE_TORCH_LIBRARY_IMPL(dfn_cpu, CompositeExplicitAutograd, m) { m.impl("knn_forget", TORCH_BOX(&dfn::knn_forget)); }

@@ -132,6 +132,13 @@ void search_grid(Search<T> s, const BuiltGrid<T>& grid, const BuiltGrid<T>* quer
   run(s, false, pool);
 }
 
+template <class T>
+void search_built(const Request<T>& r, const BuiltGrid<T>& grid, const Pool& pool) {
+  if (!r.queries) return search_grid<T>(basic(r), grid, nullptr, pool);
+  const BuiltGrid<T> queries = build_grid(Rows<T>{r.queries, r.m, r.dims}, r.k, false, &grid.cuts, pool);
+  search_grid<T>(basic(r), grid, &queries, pool);
+}
+
 // Prefixes of n, n/2, n/4, ... points, each serving the later half of its points: at least half of what a query
 // meets there is visible to it.
 template <class T>
@@ -153,25 +160,28 @@ void search_causal(Request<T> r, const Pool& pool) {
 
 }  // namespace
 
+bool worth_a_grid(int64_t n, int dims) { return n > kExhaustive && dims <= kMostGridDims; }
+
 template <class T>
 void search(const Request<T>& r, const Pool& pool) {
   const ExactFloats exact;
   if (r.m == 0 || r.k == 0) return;
   fill_missing(r, r.n == 0, pool);
   if (r.n == 0) return;
-  if (r.n <= kExhaustive || r.dims > kMostGridDims || (r.queries && r.m < 64)) return search_scan(r, pool);
+  if (!worth_a_grid(r.n, r.dims) || (r.queries && r.m < 64)) return search_scan(r, pool);
   if (r.causal) return search_causal(r, pool);
   const Rows<T> rows{r.points, r.n, r.dims};
   const BuiltGrid<T> grid = build_grid(rows, r.k, r.queries == nullptr, static_cast<const Cuts<T>*>(nullptr), pool);
-  search(r, grid, pool);
+  search_built(r, grid, pool);
 }
 
 template <class T>
 void search(const Request<T>& r, const BuiltGrid<T>& grid, const Pool& pool) {
+  if (!r.queries && grid.cuts.one_place) return search(r, pool);
   const ExactFloats exact;
-  if (!r.queries) return search_grid<T>(basic(r), grid, nullptr, pool);
-  const BuiltGrid<T> queries = build_grid(Rows<T>{r.queries, r.m, r.dims}, r.k, false, &grid.cuts, pool);
-  search_grid<T>(basic(r), grid, &queries, pool);
+  if (r.m == 0 || r.k == 0) return;
+  fill_missing(r, r.n == 0, pool);
+  search_built(r, grid, pool);
 }
 
 template void search(const Request<float>&, const Pool&);

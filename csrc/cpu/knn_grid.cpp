@@ -165,10 +165,10 @@ class Builder {
       out_.cuts = *given;
     } else {
       const Extent<T> extent = extent_of(rows, pool);
-      if (self && all_distances_zero(extent))
-        out_.cuts.collapsed = true;
-      else
-        out_.cuts = find_cuts(rows, extent, k);
+      const bool one_place = all_distances_zero(extent);
+      if (!(self && one_place)) out_.cuts = find_cuts(rows, extent, k);
+      out_.cuts.one_place = one_place;
+      out_.cuts.collapsed = self && one_place;
       own_cuts_ = true;
     }
     const Cuts<T>& c = out_.cuts;

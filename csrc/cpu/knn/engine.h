@@ -30,7 +30,10 @@ struct Request {
 template <class T>
 void search(const Request<T>& request, const Pool& pool);
 
-// The same with a grid of the points that was built before.
+// Can a grid of n such points, built with self = false, serve searches that are not causal?
+bool worth_a_grid(int64_t n, int dims);
+
+// The same search with a grid of the points that was built before; not causal.
 template <class T>
 void search(const Request<T>& request, const BuiltGrid<T>& grid, const Pool& pool);
 

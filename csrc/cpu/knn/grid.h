@@ -23,7 +23,8 @@ template <class T>
 struct Cuts {
   int slab_axis = 0, strip_axis = 0, sort_axis = 0;
   bool has_slabs = false, has_strips = false;
-  bool collapsed = false;                 // every distance among the points is zero: stored as one position
+  bool one_place = false;                 // every distance among the points is zero
+  bool collapsed = false;                 // and so they are stored as one position
   std::vector<T> slabs;                   // ascending; slab i holds [slabs[i-1], slabs[i])
   std::vector<std::vector<T>> strips;     // per slab
   int strips_per_slab = 1;
