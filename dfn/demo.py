@@ -1,6 +1,7 @@
 """``python -m dfn.demo``: trains a Dynamic Flow Network on real text in two minutes and reports what came of it."""
 
 import argparse
+import copy
 import importlib.util
 import os
 import sys
@@ -38,11 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"dfn.demo: needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'", file=sys.stderr)
         return 1
+    threads = torch.get_num_threads()
     try:
         run(arguments.text, arguments.out, arguments.minutes, arguments.seed, table=not arguments.no_table)
     except (ValueError, OSError, NonFiniteLoss) as error:
         print(f"dfn.demo: {error}", file=sys.stderr)
         return 1
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 
@@ -55,9 +59,12 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
     autocast = fast_dtype()
     torch.manual_seed(seed)
     model = DFNLanguageModel(**MODEL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(fast_threads(model, corpus.train, length, autocast))
+    ran_on = machine(autocast)
     print(
         f"DFNLanguageModel: {count_parameters(model):,} parameters, {MODEL['layers']} layers, {MODEL['heads']} heads, "
-        f"{MODEL['k']} neighbours; {machine(autocast)}"
+        f"{MODEL['k']} neighbours; {ran_on}"
     )
 
     trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
@@ -82,8 +89,9 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
 
     pictures.loss_curve(history, figures, out / "loss_curve.png")
     pictures.drift(model, corpus.held_out[:4096], out / "drift.png")
-    facts = (out, corpus, model, history, figures, prompt, continuation, minutes, autocast)
+    facts = (out, corpus, model, history, figures, prompt, continuation, minutes, ran_on)
     report(*facts, kernels=None)
+    torch.set_num_threads(threads)  # the kernels get what the machine has
     kernels = kernel_table() if table else None
     if kernels:
         print("\n" + kernels)
@@ -95,7 +103,8 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
 
 def machine(autocast: torch.dtype | None) -> str:
     dtype = str(autocast or torch.float32).removeprefix("torch.")
-    return f"{torch.get_num_threads()} threads ({os.cpu_count()} cores), {dtype}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} ({os.cpu_count()} cores), {dtype}"
 
 
 def fast_dtype() -> torch.dtype | None:
@@ -111,6 +120,22 @@ def fast_dtype() -> torch.dtype | None:
             best[dtype] = min(best[dtype], time.perf_counter() - began)
     torch.set_num_threads(threads)
     return torch.bfloat16 if best[torch.bfloat16] < 0.7 * best[torch.float32] else None
+
+
+def fast_threads(model: DFNLanguageModel, text: Tensor, length: int, autocast: torch.dtype | None) -> int:
+    """The number of threads that takes the least time for a step: fewer than there are on a large or a busy machine."""
+    most = torch.get_num_threads()
+    batch = next(data.batches(text, BATCH, length, torch.Generator().manual_seed(0)))
+    times = {}
+    for threads in sorted({n for n in (1, 2, 4, 8, 16) if n < most} | {most}):
+        torch.set_num_threads(threads)
+        trainer = Trainer(copy.deepcopy(model), steps=10, autocast=autocast)
+        trainer.train_step(batch)
+        began = time.perf_counter()
+        for _ in range(4):
+            trainer.train_step(batch)
+        times[threads] = time.perf_counter() - began
+    return min(times, key=times.get)
 
 
 @torch.no_grad()
@@ -138,9 +163,9 @@ def table_of_bits(figures: dict[str, float]) -> list[str]:
 
 
 def continue_prompt(model: DFNLanguageModel, corpus: data.Corpus, seed: int, length: int = 320) -> tuple[str, str]:
-    """A stretch of held-out text from the start of a line, and ``length`` bytes that the model adds."""
+    """A stretch of held-out text from the start of a function or line, and ``length`` bytes that the model adds."""
     held_out = bytes(corpus.held_out.tolist())
-    start = held_out.rfind(b"\n", 0, len(held_out) // 3) + 1
+    start = max(held_out.find(b"\n    def ", len(held_out) // 3), held_out.rfind(b"\n", 0, len(held_out) // 3)) + 1
     end = held_out.rfind(b"\n", start, start + 240) + 1 or min(len(held_out), start + 240)
     ids = corpus.held_out[start:end].long()[None]
     new = model.generate(ids, length, temperature=0.6, generator=torch.Generator().manual_seed(seed))
@@ -157,7 +182,7 @@ def kernel_table() -> str | None:
     return quick_table()
 
 
-def report(out, corpus, model, history: History, figures, prompt, continuation, minutes, autocast, kernels) -> None:
+def report(out, corpus, model, history: History, figures, prompt, continuation, minutes, ran_on, kernels) -> None:
     best = min(("gzip", "bigram"), key=figures.get)
     gap = figures["gzip"] - figures["model"]
     verdict = f"{abs(gap):.3f} bits per byte {'below' if gap > 0 else 'above'} gzip"
@@ -167,7 +192,7 @@ def report(out, corpus, model, history: History, figures, prompt, continuation, 
         "# What two minutes of a Dynamic Flow Network give" if minutes == 2 else "# What a Dynamic Flow Network gives",
         "",
         f"A language model of {count_parameters(model):,} parameters, trained for {history.seconds[-1]:.0f} s on "
-        f"{machine(autocast)}: {history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.2f}M bytes seen, "
+        f"{ran_on}: {history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.2f}M bytes seen, "
         f"{rate:,.0f} bytes/s.",
         f"Text: {corpus.summary()}.",
         "",
