@@ -59,7 +59,9 @@ def loss_curve(history: History, figures: dict[str, float], path: Path) -> None:
     ax.plot(end, figures["model"], "*", ms=15, color=ORANGE, mec="white", label=label, clip_on=False, zorder=5)
     for name, label in (("bigram", "byte bigram"), ("gzip", "gzip -9, held-out bytes alone")):
         ax.axhline(figures[name], color=INK, linewidth=1, linestyle=(0, (5, 4)))
-        ax.text(end, figures[name], f"{label}  {figures[name]:.3f} ", ha="right", va="bottom", fontsize=8.5, color=INK)
+        # the curve falls from the upper left to the lower right: free is above it on the right, or below on the left
+        x, side, top = (end, "right", "bottom") if figures["model"] < figures[name] else (0, "left", "top")
+        ax.text(x, figures[name], f" {label}  {figures[name]:.3f} ", ha=side, va=top, fontsize=8.5, color=INK)
     lowest = min(*figures.values(), *smooth)
     ax.set(xlim=(0, end * 1.01), ylim=(lowest - 0.2, max(min(max(bits), 5.0), figures["bigram"] + 0.4)))
     ax.set_xlabel("seconds of training", color=SOFT, fontsize=9)
