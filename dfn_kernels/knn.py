@@ -232,8 +232,8 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
 class KNNIndex:
     """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
 
-    Arguments and results are those of `knn`. On the CPU the positions are sorted once, here; causal queries sort prefixes
-    of them again. The positions must not be changed in place while the index is in use.
+    Arguments and results are those of `knn`. On the CPU the positions are sorted once, here; causal queries sort
+    prefixes of them again. The positions must not be changed in place while the index is in use.
     """
 
     def __init__(self, positions: Tensor, lengths: Tensor | None = None):

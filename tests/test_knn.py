@@ -13,7 +13,7 @@ from dfn_kernels import KnnFunction, KNNIndex, knn
 
 BACKENDS = backends("knn")
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
-N_SMALL = 40 if INTERPRETED else 900  # the interpreter is slow; natively, enough points for the grid
+N_SMALL = 24 if INTERPRETED else 900  # the interpreter is slow; natively, enough points for the grid
 
 
 def reference(*args, **options):
@@ -49,9 +49,9 @@ def check_rows(positions, k, got, rows, causal=False, include_self=True):
 
 # ---- against the reference ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", point_sets.NAMES)
+@pytest.mark.parametrize("name", point_sets.NAMES[9::3] if INTERPRETED else point_sets.NAMES)
 def test_hostile_sets(backend, name):
-    for D, n, k in ((2, 31, 5),) if INTERPRETED else ((1, 801, 5), (2, 1301, 16), (3, 1001, 37), (5, 801, 1)):
+    for D, n, k in ((2, 19, 3),) if INTERPRETED else ((1, 801, 5), (2, 1301, 16), (3, 1001, 37), (5, 801, 1)):
         positions = point_sets.points(name, n, D).to(DEVICE)
         for mask in MASKS if D == 2 and not INTERPRETED else [MASKS[(len(name) + D) % 4]]:
             check_same(backend, positions, k, **mask)
@@ -61,7 +61,7 @@ def test_hostile_sets(backend, name):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(backend, dtype):
     for mask in MASKS[::2] if INTERPRETED else MASKS:
-        positions = torch.randn(1 if INTERPRETED else 2, N_SMALL // 2, 3, device=DEVICE).to(dtype)
+        positions = torch.randn(1, 7 if INTERPRETED else N_SMALL // 2, 3, device=DEVICE).to(dtype)
         got = check_same(backend, positions, 5, **mask)
         assert got.sq_dists.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -69,9 +69,9 @@ def test_dtypes(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", [1, 2, 4, 7, 8, 13, 16, 17, 32, 33, 64, 65, 128, 1000, 1024])
 def test_k(backend, k):
-    if INTERPRETED and k > 65:
+    if INTERPRETED and k not in (2, 17, 65):
         pytest.skip("minutes in the interpreter")
-    n = 20 if INTERPRETED else 1500 if k > 100 else N_SMALL
+    n = 12 if INTERPRETED else 1500 if k > 100 else N_SMALL
     for dtype in (torch.float32, torch.float64) if not INTERPRETED else (torch.float32,):
         check_same(backend, torch.randn(n, 2, dtype=dtype, device=DEVICE).round(decimals=1), k)
 
@@ -79,15 +79,18 @@ def test_k(backend, k):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 6, 8, 9, 17])
 def test_dimensions_and_batches(backend, D):
-    n = 23 if INTERPRETED else 811
+    if INTERPRETED and D not in (1, 3, 6):
+        pytest.skip("slow in the interpreter")
+    n = 13 if INTERPRETED else 811
     check_same(backend, torch.randn(3, n, D, device=DEVICE), 6)
-    check_same(backend, torch.randn(2, 1, n, D, device=DEVICE).double(), 3, include_self=False)
+    if not INTERPRETED:
+        check_same(backend, torch.randn(2, 1, n, D, device=DEVICE).double(), 3, include_self=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 15, 16, 17, 767, 769])
 def test_few_points(backend, n):
-    if INTERPRETED and n > 17:
+    if INTERPRETED and n not in (0, 1, 3):
         pytest.skip("slow in the interpreter")
     for k in (1, 4, n + 1):
         for mask in MASKS:
@@ -202,6 +205,7 @@ def test_same_bits_with_any_threads_and_float_modes(backend):
 
 
 # ---- gradients and the machinery around the op ----------------------------------------------------------------------
+@pytest.mark.skipif(INTERPRETED, reason="the backward pass is the same PyTorch code for every backend")
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])
 def test_gradients(backend):
     p = torch.rand(2, 9, 2, dtype=torch.float64, device=DEVICE).requires_grad_()
@@ -265,7 +269,7 @@ def test_autocast_leaves_positions_alone(backend):
 # ---- KNNIndex -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])
 def test_index(backend):
-    n, k = (30, 4) if INTERPRETED else (200, 6) if backend == "reference" else (1100, 6)
+    n, k = (12, 4) if INTERPRETED else (200, 6) if backend == "reference" else (1100, 6)
     positions = torch.randn(2, n, 3, device=DEVICE)
     queries = torch.randn(2, 11, 3, device=DEVICE)
     lengths = torch.tensor([n, n - 7], device=DEVICE)
