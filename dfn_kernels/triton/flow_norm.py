@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import NO_SPILLS
+
 
 @triton.jit
 def forward_kernel(
@@ -93,7 +95,7 @@ def flow_norm(states: Tensor, energy: Tensor, lengths: Tensor | None, eps: float
         states, scale, scale if lengths is None else lengths,
         out,
         N, d, states.stride(0), states.stride(1),
-        HAS_LENGTHS=lengths is not None, **TILE, num_warps=4,
+        HAS_LENGTHS=lengths is not None, **TILE, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     return out
 
@@ -112,7 +114,7 @@ def flow_norm_backward(
         grad, states, scale, scale if lengths is None else lengths,
         grad_states, along,
         N, d, grad.stride(0), grad.stride(1), states.stride(0), states.stride(1),
-        HAS_LENGTHS=lengths is not None, **TILE, num_warps=4,
+        HAS_LENGTHS=lengths is not None, **TILE, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     by_mean = -0.5 * scale.double() ** 3 * along
     if valid is not None:
