@@ -164,6 +164,6 @@ def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from dfn.field_pictures import entities_picture
 
-    figures = entities_picture(tmp_path / "entities.png", share=200)
+    figures = entities_picture(tmp_path / "entities.png", share=40)
     assert (tmp_path / "entities.png").stat().st_size > 100_000
     assert figures["adaptive"] > figures["uniform"]
