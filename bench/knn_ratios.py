@@ -71,13 +71,20 @@ def growth(D: int) -> None:
 
 
 MEMORY = """
-import resource, sys, torch, dfn_kernels as dk
+import sys, torch, dfn_kernels as dk
+
+def kilobytes(field):
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith(field)).split()[1])
+
 n, D, k = map(int, sys.argv[1:])
-dk.knn(torch.rand(2000, D), k)
 p = torch.rand(n, D)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dk.knn(torch.rand(2000, D), k)
+with open("/proc/self/clear_refs", "w") as refs:
+    refs.write("5")  # the peak starts anew from what is resident now
+before = kilobytes("VmRSS")
 out = dk.knn(p, k)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+grown = (kilobytes("VmHWM") - before) * 1024
 size = p.numel() * 4 + out.indices.numel() * 12
 print(f"memory N={n} D={D} k={k}: {(grown + p.numel() * 4) / size:.2f} x inputs and outputs ({grown / 2**20:.0f} MiB)")
 """
