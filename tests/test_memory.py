@@ -34,7 +34,7 @@ def test_merges_into_the_nearest_by_weight():
 
 def test_merges_along_chains_and_never_further():
     memory = PersistentFieldMemory(8, 1, 1, decay=1.0, merge_radius=0.5)
-    state = written(memory, [[0.4], [0.0], [0.8], [1.5], [9.0]])
+    state = written(memory, [[0.0], [0.4], [0.8], [1.5], [9.0]])
     found = sorted(alive(state))
     assert [w for _, w in found] == [3.0, 1.0, 1.0]
     torch.testing.assert_close(found[0][0][0], 0.4, rtol=1e-5, atol=1e-6)
