@@ -6,8 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import NO_SPILLS
-
 
 @triton.jit
 def forward_kernel(
@@ -114,7 +112,7 @@ def flow_drift(
         states, positions, weight, alpha if bias is None else bias, alpha,
         moved, flow, energy,
         H, N, D, d, states.stride(0), states.stride(1),
-        HAS_BIAS=bias is not None, **tile, num_warps=4, **NO_SPILLS,
+        HAS_BIAS=bias is not None, **tile, num_warps=4,
     )  # fmt: skip
     return moved, flow, energy
 
@@ -144,6 +142,6 @@ def flow_drift_backward(
         grad_positions, grad_flow, grad_energy, states, weight, alpha, flow,
         grad_states, part_weight, part_bias, part_alpha,
         H, N, D, d, states.stride(0), states.stride(1), chunk, chunks, blocks,
-        **tile, num_warps=backward_warps(tile), **NO_SPILLS,
+        **tile, num_warps=backward_warps(tile),
     )  # fmt: skip
     return grad_states, part_weight.sum(0), part_bias.sum(0), part_alpha.sum((0, 2))

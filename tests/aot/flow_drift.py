@@ -14,5 +14,5 @@ def cases():
         types |= {"S": value, "GS": value}
         for tile in {tuple(op.tiles(n, wide).items()): op.tiles(n, wide) for n in range(1, WIDE[wide] + 1)}.values():
             for has in (True, False):
-                yield Case(op.forward_kernel, types, {"HAS_BIAS": has, **tile})
-            yield Case(op.backward_kernel, types, tile, num_warps=op.backward_warps(tile))
+                yield Case(op.forward_kernel, types, {"HAS_BIAS": has, **tile}, options={})
+            yield Case(op.backward_kernel, types, tile, op.backward_warps(tile), {})
