@@ -24,16 +24,20 @@ $(VENV)/.built: $(VENV)/.deps $(NATIVE)
 demo: env
 	$(BIN)/python -m dfn.demo $(if $(TEXT),--text $(TEXT))
 
+# The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
+INTERPRETED := $(foreach op,gaussian_gather flow_drift flow_norm knn pattern_route,tests/test_$(op).py)
+
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
 
 # Native and reference backends first, then the Triton kernels in their interpreter (it must be on before the import).
 test: env
 	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k "triton"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k "triton" $(INTERPRETED)
 
 check: test sanitize wheel
 	$(BIN)/python -m pytest -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton"
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests. torch itself is not instrumented.
