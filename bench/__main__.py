@@ -3,6 +3,7 @@
 python -m bench                          all cases, results to bench/results
 python -m bench --only knn --seconds 3   one op, longer
 python -m bench compare OLD.json NEW.json
+python -m bench readme RESULT.json       puts the table into README.md
 """
 
 import argparse
@@ -23,6 +24,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("after", type=Path)
         given = parser.parse_args(argv[1:])
         print(report.compare(given.before, given.after))
+        return 0
+    if argv[:1] == ["readme"]:
+        parser = argparse.ArgumentParser(prog="python -m bench readme")
+        parser.add_argument("result", type=Path)
+        report.update_readme(parser.parse_args(argv[1:]).result, Path(__file__).parents[1] / "README.md")
         return 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -99,6 +99,34 @@ def write(rows: list[Row], folder: Path) -> Path:
     return path
 
 
+README_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+
+
+def readme_table(path: Path) -> str:
+    """From a result: our default backend beside the fastest peer of every case and mode, and what produced it."""
+    result = json.loads(path.read_text())
+    rows = [Row(**row) for row in result["rows"]]
+    lines = ["| case | mode | ours, ms | best peer, ms | ratio | memory, ours / peer, MiB |", "|" + " --- |" * 6]
+    for ours in (row for row in rows if row.who in ("native", "triton") and row.ms):
+        same = [r for r in rows if (r.case, r.mode, r.dtype) == (ours.case, ours.mode, ours.dtype) and r.ms]
+        peers = [r for r in same if r.who not in ("native", "triton", "reference")]
+        if peers:
+            peer = min(peers, key=lambda r: r.ms)
+            memory = "" if None in (ours.mib, peer.mib) else f"{ours.mib:.0f} / {peer.mib:.0f}"
+            what = f"{peer.ms:.1f} ({peer.who})"
+            ratio = f"{peer.ms / ours.ms:.1f}x"
+            lines.append(f"| {ours.case} | {ours.mode} | {ours.ms:.1f} | {what} | {ratio} | {memory} |")
+    made_by = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    return "\n".join(lines) + f"\n\nMedians of one run, float32: {made_by}.\n"
+
+
+def update_readme(result: Path, readme: Path) -> None:
+    """Replaces what stands between the marks in the README."""
+    text = readme.read_text()
+    begin, end = (text.index(mark) for mark in README_MARKS)
+    readme.write_text(text[: begin + len(README_MARKS[0])] + "\n" + readme_table(result) + text[end:])
+
+
 def compare(before: Path, after: Path) -> str:
     """Time of `after` over `before` for every row that both have, slower ones first."""
 

@@ -1,4 +1,4 @@
-"""Gaussian-weighted gather over given neighbours. Read from top to bottom: check, schema, fake, backends, autograd, public."""
+"""Gaussian-weighted gather over given neighbours. Top to bottom: check, schema, fake, backends, autograd, public."""
 
 import torch
 from torch import Tensor

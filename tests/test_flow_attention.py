@@ -304,7 +304,7 @@ BAD = {
     "lengths": (dict(lengths=torch.zeros(3, dtype=torch.int64)), ValueError, r"lengths must have shape \[B\] = \[2\]"),
     "lengths: dtype": (dict(lengths=torch.zeros(2)), TypeError, "lengths must be int64"),
     "extra: half": (dict(extra_positions=torch.zeros(2, 5, 2)), ValueError, "extra_values must be given together"),
-    "extra: other half": (dict(extra_values=torch.zeros(2, 5, 7)), ValueError, "extra_positions must be given together"),
+    "extra: other half": (dict(extra_values=torch.zeros(2, 5, 7)), ValueError, "extra_positions must be given"),
     "extra: E": (dict(extra_positions=torch.zeros(2, 5, 2), extra_values=torch.zeros(2, 6, 7)), ValueError,
                  r"extra_values must have shape \[B, E, c\] = \[2, 5, 7\]"),
     "extra: influence": (dict(extra_influence=torch.zeros(2, 5)), ValueError, "extra_influence must be None without"),

@@ -1,1 +1,1 @@
-"""The formulas in plain PyTorch: any device, any float dtype, differentiable. What everything else is tested against."""
+"""The formulas in plain PyTorch: any device, any float dtype, differentiable. All else is tested against them."""

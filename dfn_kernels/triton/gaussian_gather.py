@@ -1,5 +1,5 @@
-"""Gaussian gather in Triton. A program serves a block of queries (or entities) and a block of channels; nothing is tuned
-at run time, so that a new length costs nothing."""
+"""Gaussian gather in Triton. A program serves a block of queries (or entities) and a block of channels; nothing is
+tuned at run time, so that a new length costs nothing."""
 
 import torch
 import triton

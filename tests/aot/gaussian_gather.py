@@ -11,7 +11,8 @@ def cases():
         real = POINTER[torch.float64 if dtype == torch.float64 else torch.float32]
         index = POINTER[torch.int64]
         types = {**dict.fromkeys(("P", "Q", "S", "W", "A", "EW", "ES", "EI", "GP", "GQ", "GS", "GI"), real),
-                 **dict.fromkeys(("V", "Y", "G", "GV"), value), **dict.fromkeys(("I", "STARTS", "EDGES"), index)}  # fmt: skip
+                 **dict.fromkeys(("V", "Y", "G", "GV"), value),
+                 **dict.fromkeys(("I", "STARTS", "EDGES"), index)}  # fmt: skip
         flags = [{"HAS_INFLUENCE": has, "NORMALIZE": normalize} for has in (True, False) for normalize in (True, False)]
         for rows, channels in {tuple(op.tiles(c, dtype).values()) for c in range(1, 257)}:
             for flag in flags:
