@@ -30,7 +30,7 @@ def compile_one(module: str, index: int, target: str) -> aot.Resources:
 @pytest.fixture(scope="module")
 def compiled(request):
     """What is about to be tested, compiled by all cores at once: {(module, index, target): future}."""
-    wanted = [i.callspec.params for i in request.session.items if i.name.startswith("test_compiles_without_spills")]
+    wanted = [i.callspec.params for i in request.session.items if i.module is request.module and hasattr(i, "callspec")]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield {
             (p["module"], p["index"], p["target"]): pool.submit(compile_one, p["module"], p["index"], p["target"])
