@@ -124,11 +124,18 @@ def test_docstrings_run(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_readme_runs(number):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    python(blocks[number], ROOT)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run_and_links_lead_somewhere(page):
+    text = page.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert page.name != "README.md" or len(blocks) == 2
+    for block in blocks:
+        python(block, ROOT)
+    for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_public_names_are_documented():
