@@ -25,6 +25,15 @@ def fresh_random_inputs(request):
     torch.manual_seed(hash_of(request.node.nodeid))
 
 
+@pytest.fixture
+def one_thread():
+    """For models so small that threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def hash_of(text: str) -> int:
     import zlib
 

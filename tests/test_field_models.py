@@ -9,14 +9,7 @@ from dfn.field_models import DFNClassifier, DFNFieldModel, masked_reconstruction
 from dfn.losses import mean_state_loss
 from dfn.sampler import AdaptiveSampler, Entities, UniformSampler
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def entities(B=2, n=11, D=2, d=5):

@@ -6,14 +6,7 @@ import torch
 from dfn.field_models import DFNFieldModel
 from dfn.joint import CHANNELS, KINDS, common_space, joint_losses, match_rate, sample_world, small_world, train_joint
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model():

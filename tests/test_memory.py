@@ -185,15 +185,6 @@ def accuracy_in_the_second_segment(remember: bool) -> tuple[float, float]:
                  ((a, first_targets, known), (b, second_targets, second_targets >= 0)))  # fmt: skip
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_task_that_needs_memory(one_thread):
     first, second = accuracy_in_the_second_segment(remember=True)
     assert first > 0.95 and second > 0.95

@@ -11,14 +11,7 @@ from dfn.decoding import Decoder
 from dfn.models import DFNLanguageModel, sample
 from dfn.training import Trainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are tiny: threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**options):

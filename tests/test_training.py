@@ -15,13 +15,7 @@ from dfn.training import NonFiniteLoss, Trainer
 TEXT = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 60), dtype=torch.uint8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are tiny: threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny():

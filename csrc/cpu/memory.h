@@ -5,28 +5,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "common/tensors.h"
+#include "cpu/knn/memory.h"
 
 namespace dfn {
 
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 // Of a dense tensor that has just been allocated.
 inline void prefer_huge_pages(const Tensor& t) {
-  prefer_huge_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  knn::prefer_large_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
 }
 
 template <class T>
@@ -35,7 +22,7 @@ class Array {
   Array() = default;
   explicit Array(int64_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T) + 1))) {
     if (data_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(data_, n * sizeof(T));
+    knn::prefer_large_pages(data_, n * sizeof(T));
   }
   Array(Array&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Array& operator=(Array&& other) noexcept {
