@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_number, same_device
+from ._transforms import OpFunction, call
 from .reference.flow_drift import flow_drift as reference
 
 _backends.register("flow_drift")
@@ -137,6 +138,10 @@ def _wide_backward(grad_positions, grad_flow, grad_energy, states, weight, alpha
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     states, _, weight, bias, alpha, ctx.backend = inputs
     ctx.has_bias = bias is not None
@@ -144,8 +149,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_positions, grad_flow, grad_energy):
-    grad_states, grad_weight, grad_bias, grad_alpha = _backward_op(
-        grad_positions, grad_flow, grad_energy, *ctx.saved_tensors, ctx.backend
+    grad_states, grad_weight, grad_bias, grad_alpha = call(
+        _backward_op, _BackwardFunction, grad_positions, grad_flow, grad_energy, *ctx.saved_tensors, ctx.backend
     )
     return grad_states, grad_positions, grad_weight, grad_bias if ctx.has_bias else None, grad_alpha, None
 
@@ -153,13 +158,13 @@ def _backward(ctx, grad_positions, grad_flow, grad_energy):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FlowDriftFunction(torch.autograd.Function):
+class FlowDriftFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.flow_drift`, in its order.
 
     For code that composes Functions by hand; `flow_drift` checks, converts and calls the registered op.
     """
 
-    forward = staticmethod(lambda *args: _op(*args))
+    op = _op
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
@@ -227,6 +232,6 @@ def flow_drift(
     if backend == "reference":
         out = reference(states, positions, weight, bias, alpha)
     else:
-        out = _op(states, positions, weight, bias, alpha, backend)
+        out = call(_op, FlowDriftFunction, states, positions, weight, bias, alpha, backend)
     shape = (*lead, H, N) if heads else (*lead, N)
     return Drift(out[0].view(*shape, D), out[1].view(*shape, D), out[2].view(shape))

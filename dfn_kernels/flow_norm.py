@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from ._transforms import OpFunction, call
 from .reference.flow_norm import flow_norm as reference
 
 _backends.register("flow_norm")
@@ -85,26 +86,30 @@ def _dense(states, energy, lengths) -> tuple:
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.eps, ctx.mode, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    grad_states, grad_energy = _backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.mode, ctx.backend)
-    return grad_states, grad_energy, None, None, None, None
+    grads = call(_backward_op, _BackwardFunction, grad, *ctx.saved_tensors, ctx.eps, ctx.mode, ctx.backend)
+    return *grads, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FlowNormFunction(torch.autograd.Function):
+class FlowNormFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.flow_norm`, in its order.
 
     For code that composes Functions by hand; `flow_norm` checks, converts and calls the registered op.
     """
 
-    forward = staticmethod(lambda *args: _op(*args))
+    op = _op
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
@@ -159,5 +164,5 @@ def flow_norm(
     if backend == "reference":
         out = reference(states, energy, lengths, float(eps), mode)
     else:
-        out = _op(states, energy, lengths, float(eps), mode, backend)
+        out = call(_op, FlowNormFunction, states, energy, lengths, float(eps), mode, backend)
     return out.to(out_dtype).view(shape)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from ._transforms import OpFunction, call
 from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather")
@@ -149,6 +150,10 @@ def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.normalize, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -158,7 +163,7 @@ def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
     wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.normalize, wanted, ctx.backend)
+    grads = call(_backward_op, _BackwardFunction, grad, *ctx.saved_tensors, ctx.normalize, wanted, ctx.backend)
     grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
     return *grads[:3], None, *grads[3:], None, None
 
@@ -166,13 +171,13 @@ def _backward(ctx, grad):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class GaussianGatherFunction(torch.autograd.Function):
+class GaussianGatherFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.gaussian_gather`, in its order.
 
     For code that composes Functions by hand; `gaussian_gather` checks, converts and calls the registered op.
     """
 
-    forward = staticmethod(lambda *args: _op(*args))
+    op = _op
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
@@ -250,6 +255,7 @@ def gaussian_gather(
     if backend == "reference":
         out = reference(positions, queries, values, indices, sigma, influence, normalize)
     else:
-        out = _op(positions, queries, values, indices, sigma, influence, normalize, backend)
+        arguments = positions, queries, values, indices, sigma, influence, normalize
+        out = call(_op, GaussianGatherFunction, *arguments, backend)
     out = out.to(out_dtype)
     return out if lead == 2 else out[:, 0] if lead == 1 else out[0, 0]

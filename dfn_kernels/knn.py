@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
+from ._transforms import OpFunction, call
 from .reference.knn import knn as reference
 
 _backends.register("knn")
@@ -148,14 +149,14 @@ def _backward(ctx, grad, _):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class KnnFunction(torch.autograd.Function):
+class KnnFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.knn`, in its order,
     and its outputs: squared distances, indices.
 
     For code that composes Functions by hand; `knn` checks, converts and calls the registered op.
     """
 
-    forward = staticmethod(lambda *args: _op(*args))
+    op = _op
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
@@ -216,7 +217,8 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
     *lead, N, D = positions.shape
     M = N if queries is None else queries.shape[-2]
     B = positions.shape[:-2].numel()
-    sq_dists, indices = _op(
+    sq_dists, indices = call(
+        _op, KnnFunction,
         positions.to(real).reshape(B, N, D),
         None if queries is None else queries.to(real).reshape(B, M, D),
         None if lengths is None else lengths.reshape(B),

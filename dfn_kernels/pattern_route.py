@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _backends
 from ._checks import FLOATS, has_shape, is_float_tensor, is_integer, is_number, same_device
+from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
 
@@ -146,6 +147,10 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, weights, patterns, bias, chosen, blocks, _, ctx.backend = inputs
     ctx.save_for_backward(x, weights, patterns, chosen, blocks)
@@ -153,7 +158,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     need_x, need_weights, need_patterns, need_bias = ctx.needs_input_grad[:4]
-    grads = _backward_op(grad, *ctx.saved_tensors, need_x or need_weights, need_patterns, need_bias, ctx.backend)
+    flags = need_x or need_weights, need_patterns, need_bias
+    grads = call(_backward_op, _BackwardFunction, grad, *ctx.saved_tensors, *flags, ctx.backend)
     wanted = (need_x, need_weights, need_patterns, need_bias)
     return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None, None
 
@@ -161,13 +167,13 @@ def _backward(ctx, grad):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class PatternRouteFunction(torch.autograd.Function):
+class PatternRouteFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.pattern_route`, in its order.
 
     For code that composes Functions by hand; `pattern_route` checks, converts and calls the registered op.
     """
 
-    forward = staticmethod(lambda *args: _op(*args))
+    op = _op
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
@@ -268,7 +274,7 @@ def route(x, weights, patterns, bias, top_k, density, out_dtype, return_share, b
             with torch.autocast(device, enabled=False):
                 y = reference(x, weights, patterns, bias)
         else:
-            y = _op(x, weights, patterns, bias, chosen, blocks, wide, backend)
+            y = call(_op, PatternRouteFunction, x, weights, patterns, bias, chosen, blocks, wide, backend)
     y = y.to(out_dtype).reshape(*lead, O)
     if not return_share:
         return y

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route_density as reference
 
 OP = "pattern_route_density"
@@ -93,6 +94,10 @@ def _(grad, x, weights, patterns, threshold):
 
 
 # ---- autograd: what is kept counts as constant ----------------------------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, weights, patterns, threshold, bias = inputs
     ctx.save_for_backward(x, weights, patterns, threshold)
@@ -101,11 +106,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    grads = _backward_op(grad, *ctx.saved_tensors)
+    grads = call(_backward_op, _BackwardFunction, grad, *ctx.saved_tensors)
     return *grads, None, grad.sum(0) if ctx.has_bias else None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _RouteFunction(OpFunction):
+    op = _op
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 # ---- call -----------------------------------------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def route_with_density(
     x, patterns = x.to(weights.dtype), patterns.to(weights.dtype)
     with torch.autocast(device, enabled=False):
         threshold = density_threshold(weights.detach(), patterns.detach(), density, backend)
-        run = reference if backend == "reference" else _op
-        y, kept = run(x, weights, patterns, threshold, bias)
+        arguments = x, weights, patterns, threshold, bias
+        y, kept = reference(*arguments) if backend == "reference" else call(_op, _RouteFunction, *arguments)
     entries = max(1, x.shape[0] * patterns.shape[1] * patterns.shape[2])
     return y, kept.sum().double().div(entries).float()
