@@ -1,0 +1,64 @@
+// What the CUDA kernels of pattern_route are told, and who takes what. They know nothing of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/problem.h"
+
+namespace dfn::route {
+
+// Rows of a tile: a list of patterns (top_k) belongs to as many tokens.
+constexpr int64_t kTileRows = 128;
+
+// y[t][n] = bias[n] + sum_p weights[t][p] * (sum_k left[t][k] * right_p[k][n]), in float16 or bfloat16, float32 sums.
+//
+//   forward    left = x [T, I], K = I, N = O, right_p[k][n] = patterns[p][n][k], y the output
+//   backward   left = grad [T, O], K = O, N = I, right_p[k][n] = patterns[p][k][n], y the gradient of x; the sum over k
+//              in brackets, before it is multiplied by the weight, also gives that of the weights:
+//              parts[c][t][p] = sum over the columns n of tile column c of (sum over k) * x[t][n]
+struct Problem {
+  Dtype dtype;    // of left, patterns, x: f16 or bf16
+  bool wide;      // y is float32, not dtype; forward only
+  bool backward;
+  int64_t T, P, K, N;
+  const void* left;      // [T, K], rows left_stride elements apart, dense in k
+  int64_t left_stride;
+  const float* weights;  // [T, P], contiguous
+  const void* patterns;  // [P, O, I], dense in i
+  int64_t pattern_stride, row_stride;
+  const float* bias;     // [N] or null
+  const void* x;         // backward: [T, N], dense in n
+  int64_t x_stride;
+  void* y;               // [T, N], contiguous
+  float* parts;          // backward: [part_columns of the plan, T, P], zero where a tile skips a pattern
+  // Tokens grouped by pattern set (top_k), or null: tile m holds the tokens order[128 m ...] and multiplies by the
+  // patterns tile_patterns[m][0 ... tile_counts[m] - 1], ascending.
+  const int64_t* order;          // [T]
+  const int32_t* tile_patterns;  // [ceil(T / 128), P]
+  const int32_t* tile_counts;    // [ceil(T / 128)]
+  float* workspace;              // [splits, T, N] if splits > 1
+  cudaStream_t stream;
+};
+
+// What has to be allocated before the launch.
+struct Plan {
+  int64_t splits;        // ranges of patterns that different blocks add up; their sums meet in the workspace
+  int64_t part_columns;  // tile columns: the first dimension of parts
+};
+
+// mma.sync, any size, stride and alignment: pattern_route_sm80.cu.
+Plan plan_sm80(const Problem&);
+void route_sm80(const Problem&, const Plan&);
+
+// TMA and wgmma: pattern_route_sm90.cu. `takes_sm90`: compute capability 9.0, and operands that TMA can read.
+bool takes_sm90(const Problem&);
+Plan plan_sm90(const Problem&);
+void route_forward_sm90(const Problem&, const Plan&);
+void route_backward_sm90(const Problem&, const Plan&);
+
+// y = bias + the sum of the splits, in this order: pattern_route_sm80.cu.
+void add_splits(const Problem&, const Plan&);
+
+}  // namespace dfn::route

@@ -1,0 +1,61 @@
+// In place of CUDA's header: the words of the language, and the intrinsics of warps and blocks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+
+using cudaStream_t = void*;
+
+inline void __syncthreads() {
+  emulator::barrier(0, static_cast<int>(blockDim.x * blockDim.y * blockDim.z));
+}
+
+namespace emulator {
+template <class T>
+T shuffle(T value, int from) {  // `from` is a lane
+  struct Call {
+    T value;
+    int from;
+    T result;
+  } call{value, from, {}};
+  warp_collective("shfl.sync", &call, [](void** slots) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Call* c = static_cast<Call*>(slots[lane]);
+      c->result = static_cast<Call*>(slots[c->from])->value;
+    }
+  });
+  return call.result;
+}
+}  // namespace emulator
+
+inline void __syncwarp(unsigned = 0xffffffffu) {
+  emulator::warp_collective("bar.warp.sync", nullptr, [](void**) {});
+}
+// Every thread of the warp must take part: masks of fewer lanes are not emulated.
+template <class T> T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  const int lane = emulator::self().lane;
+  return emulator::shuffle(value, lane / width * width + from % width);
+}
+template <class T> T __shfl_xor_sync(unsigned, T value, int step, int width = 32) {
+  const int lane = emulator::self().lane, from = lane ^ step;
+  return emulator::shuffle(value, from / width == lane / width ? from : lane);
+}
+template <class T> T __shfl_down_sync(unsigned, T value, int step, int width = 32) {
+  const int lane = emulator::self().lane, from = lane + step;
+  return emulator::shuffle(value, from / width == lane / width ? from : lane);
+}
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+template <class T> T __ldg(const T* p) { return *p; }
+using std::max;
+using std::min;
