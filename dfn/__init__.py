@@ -1,6 +1,7 @@
 """Dynamic Flow Networks and FlowNetwork: thin models on the ops of `dfn_kernels`."""
 
 from .layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
+from .memory import MemoryState, PersistentFieldMemory
 from .models import DFNLanguageModel
 
 __all__ = [
@@ -11,4 +12,6 @@ __all__ = [
     "EntityPositions",
     "FlowMixer",
     "FlowNorm",
+    "MemoryState",
+    "PersistentFieldMemory",
 ]

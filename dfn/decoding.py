@@ -51,7 +51,7 @@ def _first(block: DFNBlock, states: Tensor, positions: Tensor) -> tuple[Tensor, 
     y, drift = block.attention(s, positions)
     values = block.attention.split(block.attention.value(s))
     seen = Seen(drift.positions, values, drift.energy.sum((1, 2), dtype=torch.float64))
-    return block.combine(states, s, y, block.flow_norm, drift.energy.sum(1)), drift.positions, seen
+    return block(states, positions)[0], drift.positions, seen
 
 
 def _next(block: DFNBlock, states: Tensor, positions: Tensor, seen: Seen) -> tuple[Tensor, Tensor, Seen]:
@@ -71,5 +71,7 @@ def _next(block: DFNBlock, states: Tensor, positions: Tensor, seen: Seen) -> tup
         seen.positions, seen.values, near, a.log_sigma.exp(), query_positions=queries, normalize=True
     ).transpose(1, 2).flatten(2)  # fmt: skip
     mean = (seen.energy / seen.positions.shape[2]).to(drift.energy.dtype)[:, None]
-    own = type(block.flow_norm)(block.flow_norm.eps, "entity")  # the running mean is the entity's own by now
-    return block.combine(states, s, y, own, mean), drift.positions, seen
+    update = block.mlp(torch.cat([s, y], -1))
+    if block.flow_norm is not None:  # the running mean is the entity's own by now
+        update = update / (mean + block.flow_norm.eps).sqrt()[..., None]
+    return states + block.out(y) + update, drift.positions, seen

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 
+from .memory import MemoryState
+
 
 class FlowNorm(nn.Module):
     """``FlowNorm(s_i) = s_i / sqrt(E[|f|^2] + eps)``: states divided by the root of their mean flow energy.
@@ -143,10 +145,15 @@ class DynamicFlowAttention(nn.Module):
     ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``. The
     heads' step lengths alpha and widths sigma are learned.
 
-    Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None)`` gives ``(y [B, N, d], Drift)``.
+    For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so.
+
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None)`` gives
+    ``(y [B, N, d], Drift)``. The entities of a memory are neighbours like any other, visible to everybody; its
+    positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass through W_v.
     """
 
-    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False):
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
+                 flow: bool = True, receiver_drift: bool = True):  # fmt: skip
         super().__init__()
         if dim % heads:
             raise ValueError(f"DynamicFlowAttention: dim must be a multiple of heads, got {dim} and {heads}")
@@ -157,21 +164,33 @@ class DynamicFlowAttention(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(start.alpha))
         self.log_sigma = nn.Parameter(torch.tensor(start.sigma).log())
         self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
+        for p in [*([] if flow else [self.flow.weight, self.flow.bias]), *([] if receiver_drift else [self.offset])]:
+            nn.init.zeros_(p).requires_grad_(False)
 
     def forward(
-        self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Drift]:
+        self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
+        memory: MemoryState | None = None,
+    ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
+        extra = {} if memory is None else self.entities(memory)
         context, drift, _ = flow_attention(
             states, positions, self.flow.weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
             self.k, flow_bias=self.flow.bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
-            influence=influence, causal=self.causal, lengths=lengths, normalize=True,
+            influence=influence, causal=self.causal, lengths=lengths, normalize=True, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
 
     def split(self, values: Tensor) -> Tensor:
         """``[B, N, d] -> [B, H, N, d / H]``, a view."""
         return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def entities(self, memory: MemoryState) -> dict[str, Tensor]:
+        """A memory as the extra entities of `flow_attention`."""
+        return dict(
+            extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
+            extra_values=self.split(self.value(memory.states)),
+            extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
+        )
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
@@ -189,34 +208,40 @@ class DFNBlock(nn.Module):
         k: neighbours that a head reads from.
         causal: an entity reads only from itself and earlier ones; no later entity changes a bit of an earlier output.
         norm_eps: eps of FlowNorm.
+        flow, receiver_drift, flow_norm: False switches off the drift of the entities, the receiver's offset (see
+            `DynamicFlowAttention`), or FlowNorm, to see what they are worth.
 
-    Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N)`` gives
-    ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody; its states pass
-    through unchanged. ``memory`` is reserved for `PersistentFieldMemory`.
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None)``
+    gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody; its states
+    pass through unchanged. The entities of a `MemoryState`, with positions ``[B, M, H * D]``, are read like those of
+    the sequence.
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 norm_eps: float = 1.0):  # fmt: skip
+                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True,
+                 flow_norm: bool = True):  # fmt: skip
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attention = DynamicFlowAttention(dim, heads, pos_dim, k, causal=causal)
+        self.attention = DynamicFlowAttention(
+            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift
+        )
         self.out = nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.flow_norm = FlowNorm(norm_eps, "causal" if causal else "mean")
+        self.flow_norm = FlowNorm(norm_eps, "causal" if causal else "mean") if flow_norm else None
 
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
-        memory=None,
+        memory: MemoryState | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if memory is not None:
-            raise NotImplementedError("DFNBlock: memory is not implemented yet, pass memory=None")
         s = self.norm(states)
-        y, drift = self.attention(s, positions, influence, lengths)
-        return self.combine(states, s, y, self.flow_norm, drift.energy.sum(-2), lengths), drift.positions
-
-    def combine(self, states, s, y, norm: FlowNorm, energy: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``x + W_o y + norm(MLP([s, y]))``."""
-        return states + self.out(y) + norm(self.mlp(torch.cat([s, y.to(s.dtype)], -1)), energy, lengths)
+        y, drift = self.attention(s, positions, influence, lengths, memory)
+        update = self.mlp(torch.cat([s, y.to(s.dtype)], -1))
+        if self.flow_norm is not None:
+            update = self.flow_norm(update, drift.energy.sum(-2), lengths)
+        elif lengths is not None:
+            padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
+            update = update.masked_fill(padding[..., None], 0)
+        return states + self.out(y) + update, drift.positions
 
 
 class FlowMixer(nn.Module):

@@ -1,14 +1,11 @@
-"""A persistent field memory: entities that outlive the segment they came from, and a language model that reads them."""
+"""A persistent field memory: entities that outlive the segment they came from."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dfn_kernels import Drift, flow_attention, gaussian_gather, knn
-
-from .layers import DFNBlock, DynamicFlowAttention
-from .models import DFNLanguageModel
+from dfn_kernels import gaussian_gather, knn
 
 FAR = 1e15  # where unused entities are: found last, with influence 0; squares of it, summed, stay finite in float32
 
@@ -140,76 +137,3 @@ class PersistentFieldMemory(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"size={self.size}, dim={self.dim}, pos_dim={self.pos_dim}"
         return f"{sizes}, decay={self.decay:g}, merge_radius={self.merge_radius:g}"
-
-
-def attend(
-    attention: DynamicFlowAttention, states: Tensor, positions: Tensor, memory: MemoryState | None,
-    influence: Tensor | None = None, lengths: Tensor | None = None,
-) -> tuple[Tensor, Drift]:  # fmt: skip
-    """`DynamicFlowAttention` over the sequence and a memory together: one neighbour search, one weighted mean.
-
-    ``memory.positions [B, M, H * D]`` are the heads' positions side by side; its states go through the same value map.
-    """
-    if memory is None:
-        return attention(states, positions, influence, lengths)
-    H, D = attention.heads, attention.pos_dim
-    context, drift, _ = flow_attention(
-        states, positions, attention.flow.weight.view(H, D, -1), attention.split(attention.value(states)),
-        attention.log_sigma.exp(), attention.k, flow_bias=attention.flow.bias.view(H, D), alpha=attention.alpha,
-        query_bias=attention.offset, influence=influence, causal=attention.causal, lengths=lengths, normalize=True,
-        extra_positions=memory.positions.unflatten(-1, (H, D)).transpose(1, 2),
-        extra_values=attention.split(attention.value(memory.states)),
-        extra_influence=memory.influence[:, None].expand(-1, H, -1),
-    )  # fmt: skip
-    return context.transpose(1, 2).flatten(2), drift
-
-
-def read_block(
-    block: DFNBlock, states: Tensor, positions: Tensor, memory: MemoryState | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A `DFNBlock` that reads a memory, too: ``(states, positions, s)``, where s is what a memory of it holds."""
-    s = block.norm(states)
-    y, drift = attend(block.attention, s, positions, memory)
-    return block.combine(states, s, y, block.flow_norm, drift.energy.sum(-2)), drift.positions, s
-
-
-class MemoryLanguageModel(DFNLanguageModel):
-    """`DFNLanguageModel` with a memory of ``memory_size`` entities, which its last block reads with the sequence.
-
-    After a segment the last block's entities, as they were read (normalised states, drifted positions of all heads),
-    are written. Time goes on between segments: before the next one, the memory's temporal coordinates move back by
-    the segment's length. With ``memory_size=0`` this is `DFNLanguageModel`.
-
-    Call: ``(ids int64 [B, N], memory=None)`` gives ``(logits [B, N, V], memory)``: None is an empty memory; the
-    returned one, detached, is for the next segment. ``logits[:, i]`` depend on ``ids[:, :i + 1]`` and earlier segments.
-    """
-
-    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 3,
-                 k: int = 16, *, memory_size: int = 256, decay: float = 0.99, merge_radius: float = 0.02):  # fmt: skip
-        super().__init__(vocab_size, dim, layers, heads, pos_dim, k)
-        self.config["memory_size"] = memory_size
-        options = dict(decay=decay, merge_radius=merge_radius)
-        self.memory = PersistentFieldMemory(memory_size, dim, heads * pos_dim, **options) if memory_size else None
-
-    def forward(self, ids: Tensor, memory: MemoryState | None = None) -> tuple[Tensor, MemoryState | None]:
-        if self.memory is None:
-            return super().forward(ids, memory)
-        states = self.embed(ids)
-        positions = self.positions(states)
-        for block in self.blocks[:-1]:
-            states, positions = block(states, positions)
-        states, positions, s = read_block(self.blocks[-1], states, positions, memory)
-        logits = self.head(self.norm(states))
-        memory = self.memory.initial_state(len(ids), ids.device) if memory is None else memory
-        with torch.no_grad():
-            written = positions.detach().transpose(1, 2).flatten(2)
-            memory = self.memory.write(memory.detach(), written, s.detach())
-        return logits, self.age(memory, ids.shape[1])
-
-    def age(self, memory: MemoryState, steps: int) -> MemoryState:
-        """Moves the memory ``steps`` entities into the past: in the coordinates that are time, and in no other."""
-        H, D = self.positions.heads, self.positions.pos_dim
-        back = torch.zeros(H, D, device=memory.positions.device)
-        back[self.positions.semantic :, 0] = steps * self.positions.log_scale.detach().exp()
-        moved = memory.positions - back.flatten() * (memory.influence > 0)[..., None]
-        return memory._replace(positions=moved)

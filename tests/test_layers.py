@@ -289,5 +289,3 @@ def test_recommended_heads():
         recommended_heads(0)
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got 10 and 4"):
         DynamicFlowAttention(10)
-    with pytest.raises(NotImplementedError, match="memory"):
-        DFNBlock(DIM)(torch.zeros(1, 2, DIM), torch.zeros(1, 4, 2, 3), memory=object())

@@ -7,7 +7,7 @@ import torch
 from helpers import same_bits
 from torch import nn
 
-from dfn.memory import FAR, MemoryLanguageModel, MemoryState, PersistentFieldMemory, attend, read_block
+from dfn.memory import FAR, MemoryState, PersistentFieldMemory
 from dfn.models import DFNLanguageModel
 
 
@@ -102,7 +102,7 @@ def test_an_empty_memory_changes_nothing_and_a_far_entity_neither():
     plain = block(states, positions)
     empty = PersistentFieldMemory(5, 24, 12).initial_state(2)
     for memory in (None, empty):
-        found = read_block(block, states, positions, memory)
+        found = block(states, positions, memory=memory)
         torch.testing.assert_close(found[0], plain[0])
         torch.testing.assert_close(found[1], plain[1])
 
@@ -115,12 +115,12 @@ def test_memory_is_read_as_more_entities():
     whole, drift = attention(states, positions)
     held = drift.positions[:, :, :12].transpose(1, 2).flatten(2)
     memory = MemoryState(held, states[:, :12], torch.ones(1, 12))
-    late, _ = attend(attention, states[:, 12:], positions[:, :, 12:], memory)
+    late, _ = attention(states[:, 12:], positions[:, :, 12:], memory=memory)
     torch.testing.assert_close(late, whole[:, 12:], rtol=1e-4, atol=1e-5)
 
 
 def test_model_is_causal_across_segments_to_the_bit():
-    model = MemoryLanguageModel(31, 24, 2, memory_size=20).eval()
+    model = DFNLanguageModel(31, 24, 2, memory_size=20).eval()
     with torch.no_grad():
         _, memory = model(torch.randint(31, (2, 17)))
         ids = torch.randint(31, (2, 23))
@@ -137,7 +137,8 @@ def test_model_is_causal_across_segments_to_the_bit():
 def test_time_goes_on_between_segments():
     """One layer, no merging: two halves with a memory give what the whole gives, for temporal and semantic heads."""
     torch.manual_seed(0)
-    model = MemoryLanguageModel(31, 24, 1, k=64, memory_size=40, decay=1.0, merge_radius=0.0).eval()
+    model = DFNLanguageModel(31, 24, 1, k=64, memory_size=40).eval()
+    model.memory.decay, model.memory.merge_radius = 1.0, 0.0
     ids = torch.arange(24)[None]
     block = model.blocks[0]
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_time_goes_on_between_segments():
         whole = block.attention(block.norm(states), model.positions(states))[0]
         _, memory = model(ids[:, :14])
         late = model.embed(ids[:, 14:])
-        found, _ = attend(block.attention, block.norm(late), model.positions(late), memory)
+        found, _ = block.attention(block.norm(late), model.positions(late), memory=memory)
     torch.testing.assert_close(found, whole[:, 14:], rtol=1e-3, atol=1e-4)
 
 
@@ -169,7 +170,7 @@ def two_segments(batch, generator):
 def accuracy_in_the_second_segment(remember: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    model = MemoryLanguageModel((KEYS + 1) * VALUES + KEYS, 32, 1, k=8, memory_size=32)
+    model = DFNLanguageModel((KEYS + 1) * VALUES + KEYS, 32, 1, k=8, memory_size=32)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(131):
         (first, first_targets), (second, second_targets) = two_segments(48 if step < 130 else 500, generator)

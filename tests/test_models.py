@@ -8,7 +8,8 @@ from helpers import same_bits
 
 from dfn.data import recall_batch
 from dfn.decoding import Decoder
-from dfn.models import DFNLanguageModel, sample
+from dfn.memory import PersistentFieldMemory
+from dfn.models import ABLATIONS, DFNLanguageModel, ablated, sample
 from dfn.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,10 +100,17 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(max_new_tokens=1, **arguments)
-    with pytest.raises(NotImplementedError, match="memory_size must be 0, got 8"):
-        small(memory_size=8)
-    with pytest.raises(NotImplementedError, match="memory"):
-        model(ids, memory=object())
+    memory = PersistentFieldMemory(4, 24, 12).initial_state(2)
+    for call, error, message in (
+        (lambda: small(memory_size=-1), ValueError, "memory_size must be at least 0, got -1"),
+        (lambda: small(layers=0), ValueError, "layers must be at least 1, got 0"),
+        (lambda: model(ids, memory), ValueError, "memory must be None with memory_size=0"),
+        (lambda: small(memory_size=4)(ids, (1, 2, 3)), TypeError, "memory must be a MemoryState, got tuple"),
+        (lambda: small(memory_size=4)(ids, memory), ValueError, r"extra_positions must have shape \[B, H, E, D\]"),
+        (lambda: ablated({}, "hope"), ValueError, "without must be one of flow, memory, .*, got 'hope'"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_gradients_state_dict_and_deepcopy():
@@ -122,6 +130,33 @@ def test_compiles_without_graph_breaks():
     model, ids = small(), torch.randint(31, (2, 11))
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids)[0]
     torch.testing.assert_close(got, model(ids)[0])
+
+
+@pytest.mark.parametrize("without", ABLATIONS)
+def test_ablated(without):
+    """The part is gone, its parameters do not move, and the rest learns; a block does what its formula says."""
+    whole = dict(vocab_size=31, dim=24, layers=2, k=5, memory_size=7)
+    model = DFNLanguageModel(**ablated(whole, without))
+    assert DFNLanguageModel(**model.config).config == model.config and "block_options" not in whole
+    trainer = Trainer(model, steps=3, lr=1e-2, warmup=0)
+    ids = torch.randint(31, (4, 20))
+    for _ in range(3):
+        trainer.train_step((ids[:, :-1], ids[:, 1:]))
+    with torch.no_grad():
+        x, block = model.embed(ids), model.blocks[0]
+        start = model.positions(x)
+        states, positions = block(x, start)
+        s = block.norm(x)
+        y, drift = block.attention(s, start)
+        divided = states - x - block.out(y)
+        whole_update = block.mlp(torch.cat([s, y], -1))
+        padded = block(x, start, None, torch.tensor([20, 20, 3, 20]))[0]
+    assert padded[2, 3:].equal(x[2, 3:])
+    assert positions.equal(start) == (without == "flow") == (not drift.energy.any())
+    assert torch.allclose(divided, whole_update, rtol=1e-4, atol=1e-5) == (without in ("flow", "flow_norm"))
+    assert (not block.attention.offset.any()) == (without == "receiver_drift")
+    assert (model(ids)[1] is None) == (without == "memory")
+    assert model.config["heads"] == block.attention.heads == (1 if without == "heads" else 4)
 
 
 @pytest.mark.slow
