@@ -64,7 +64,9 @@ wheel: env
 	  -c tests/../tests/conftest.py --rootdir tests -q -k "native and not compile" \
 	  tests/test_gaussian_gather.py tests/test_flow_drift.py tests/test_flow_norm.py
 
+# With every peer that pip has; a missing one costs a row, not the run.
 bench: env
+	-$(BIN)/python -m pip install -q --disable-pip-version-check pynanoflann faiss-cpu pykeops
 	$(BIN)/python -m bench
 
 lint: env

@@ -1,8 +1,9 @@
-"""python -m bench: measures every case, prints the table, writes JSON and Markdown.
+"""python -m bench: measures every case, prints the table, writes JSON, Markdown and a picture.
 
 python -m bench                          all cases, results to bench/results
 python -m bench --only knn --seconds 3   one op, longer
 python -m bench compare OLD.json NEW.json
+python -m bench plot RESULT.json         draws it again
 python -m bench readme RESULT.json       puts the table into README.md
 """
 
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import plots, report
 from .cases import CASES, quick_cases
+from .measure import ceilings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         given = parser.parse_args(argv[1:])
         print(report.compare(given.before, given.after))
         return 0
+    if argv[:1] == ["plot"]:
+        parser = argparse.ArgumentParser(prog="python -m bench plot")
+        parser.add_argument("result", type=Path)
+        print(f"written to {plots.draw(parser.parse_args(argv[1:]).result)}")
+        return 0
     if argv[:1] == ["readme"]:
         parser = argparse.ArgumentParser(prog="python -m bench readme")
         parser.add_argument("result", type=Path)
@@ -32,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out, by name")
+    parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out, by name, or all 'compiled'")
     parser.add_argument("--quick", action="store_true", help="one case an op")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each measurement")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
@@ -46,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         cases, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds, skip=tuple(given.skip)
     )
     print(report.plain(rows))
-    print(f"written to {report.write(rows, given.out)}")
+    path = report.write(rows, given.out, ceilings(given.device))
+    print(f"written to {path}, {plots.draw(path)}")
     return 0
 
 

@@ -28,7 +28,7 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
-from .measure import run_case, time_ms
+from .measure import ceilings, run_case
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,7 +52,7 @@ def our_distances(positions, k):
 
 def ops() -> list[Case]:
     """One case an op and small size, and the distances of the search, which have gradients."""
-    cases = list({case.op + str(case.small): case for case in CASES}.values())
+    cases = list({case.op + str(case.small): case for case in CASES if not case.layer}.values())
     search = next(case for case in cases if case.op == "knn")
     return [*cases, replace(search, ours=our_distances, grads=("positions",), exact=False)]
 
@@ -364,29 +364,16 @@ def train_steps(build: Callable, N: int, device: str, autocast: bool) -> dict:
     return {"ms": ms, "tokens_per_second": N / ms * 1e3, "peak_mib": peak, "loss": loss.item(), "finite": finite}
 
 
-def ceilings(device: str, small: bool = False) -> dict[str, float]:
-    """What this machine can do at most: a large copy, and large matrix products of random numbers."""
-    count, n = (2**20, 256) if small else (2**31, 8192)
-    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found = {"copy GB/s": 2 * count / statistics.median(time_ms(lambda: target.copy_(source), device, 0.3)) / 1e6}
-    for dtype in DTYPES:
-        a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-        ms = statistics.median(time_ms(lambda a=a, b=b: a @ b, device, 0.3))
-        found[f"matrix product {str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / ms / 1e9
-    return {name: round(value, 3) for name, value in found.items()}
-
-
 def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
     """The benchmark's cases in float32 and bfloat16, written after every case."""
     limits = ceilings(device, small)
     print(limits, flush=True)
     rows, wrong = [], []
+    skip = ("scipy cKDTree", "pynanoflann", "faiss, flat", *(["compiled"] if small else []))
     for dtype in DTYPES:
         for case in CASES:
             try:
-                new = run_case(case, device=device, dtype=dtype, seconds=0.0 if small else 0.15, small=small,
-                               skip=("scipy cKDTree",))  # fmt: skip
+                new = run_case(case, device=device, dtype=dtype, seconds=0.0 if small else 0.15, small=small, skip=skip)
             except Exception as error:
                 traceback.print_exc()
                 wrong.append(f"{case.name} {str(dtype)[6:]}: {type(error).__name__}: {str(error)[:100]}")
@@ -395,7 +382,7 @@ def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
             wrong += [f"{r.case} {r.who} {r.mode} {r.dtype}: {r.note}" for r in ours if r.ms is None]
             rows += new
             print(report.plain(new), flush=True)
-            path = report.write(rows, Path(out))
+            path = report.write(rows, Path(out), limits)
             keep({"ceilings": limits, "rows": len(rows), "wrong": wrong, "file": path.name})
     if wrong:
         raise AssertionError(f"{len(wrong)} without a time: {'; '.join(wrong)}")

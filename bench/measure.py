@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dfn_kernels as dk
 from dfn_kernels._backends import NAMES, missing
@@ -37,16 +37,14 @@ class Row:
 # ---- time -----------------------------------------------------------------------------------------------------------
 def time_ms(run: Callable[[], object], device: str, seconds: float) -> list[float]:
     """Times of single runs after warm-up, for about `seconds`; on a GPU with an L2 cache that was just overwritten."""
-    first = time.perf_counter()
-    run()
+    run()  # compiles what compiles
     if device != "cpu":
         return _cuda_times(run, seconds)
-    first = time.perf_counter() - first
-    if first > 10:  # warm-up is no part of a run that long
-        return [first * 1e3]
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - start < seconds and len(times) < 200):
+    while not times or (len(times) < 3 and times[0] < 1e4) or (
+        time.perf_counter() - start < seconds and len(times) < 200
+    ):
         before = time.perf_counter()
         run()
         times.append((time.perf_counter() - before) * 1e3)
@@ -66,6 +64,19 @@ def _cuda_times(run: Callable[[], object], seconds: float) -> list[float]:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return times
+
+
+def ceilings(device: str, small: bool = False) -> dict[str, float]:
+    """What this machine reaches at best: GB/s of a copy (read and written bytes), TFLOP/s of products by dtype."""
+    # a copy beyond any cache, a product large enough to be bound by arithmetic
+    words, n = (2**20, 256) if small else (2**26, 2048) if device == "cpu" else (2**29, 8192)
+    source = torch.ones(words, device=device)
+    target = torch.empty_like(source)
+    found = {"copy GB/s": 8 * words / min(time_ms(lambda: target.copy_(source), device, 0.3)) / 1e6}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        found[f"{str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / min(time_ms(lambda a=a, b=b: a @ b, device, 0.3)) / 1e9
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -113,9 +124,9 @@ def exact_result(case: Case, inputs: dict, device: str) -> Tensor | None:
         return case.ours(**inputs)
     if "reference" in case.other_work:
         return None
-    wide = case.grads
+    wide = () if case.layer else case.grads  # a layer keeps its parameters' dtype
     fastest = "reference"
-    if case.op == "flow_attention":
+    if case.op == "flow_attention" and not case.layer:
         # Its reference has a [N, N] of its own; and positions stay as they are: a search in float64 would meet other
         # neighbours wherever two distances round to the same float32.
         wide, fastest = ("values",), "native" if device == "cpu" else "triton"
@@ -133,7 +144,10 @@ def contenders(case: Case, device: str) -> dict[str, Callable]:
             continue  # the interpreter is no contender
         if missing(case.op, backend, device) is None:
             ours[backend] = _on_backend(case.ours, backend)
-    return {**ours, **case.peers, **(case.gpu_peers if device == "cuda" else {})}
+    others = {**case.peers, **(case.gpu_peers if device == "cuda" else {})}
+    again = [name for name in case.compiled if name in case.peers]
+    compiled = {f"compiled {name}": torch.compile(case.peers[name], dynamic=False) for name in again}
+    return {**ours, **others, **compiled}
 
 
 def _on_backend(op: Callable, backend: str) -> Callable:
@@ -146,7 +160,8 @@ def _on_backend(op: Callable, backend: str) -> Callable:
 
 def training_step(case: Case, op: Callable, inputs: dict, grad: Tensor) -> Callable[[], object]:
     leaves = {n: x.detach().requires_grad_() if n in case.grads else x for n, x in inputs.items()}
-    wanted = [leaves[name] for name in case.grads]
+    modules = (x for x in inputs.values() if isinstance(x, nn.Module))
+    wanted = [leaves[name] for name in case.grads] + [p for module in modules for p in module.parameters()]
     return lambda: torch.autograd.grad(op(**leaves), wanted, grad, allow_unused=True)
 
 
@@ -161,18 +176,22 @@ def run_case(
 ) -> list[Row]:
     """Measures every contender, forward and (where there are gradients) training."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # every case compiles anew, for its own sizes
     sizes = case.small if small else case.sizes
     inputs = case.make(**sizes, device=device, dtype=dtype)
     exact = exact_result(case, inputs, device)
     rows = []
     for who, op in contenders(case, device).items():
-        if who in skip or (who == "reference" and case.exact and sizes["N"] > 2**14):
+        if who in skip or ("compiled" in skip and who.startswith("compiled")):
+            continue
+        if who == "reference" and case.exact and sizes["N"] > 2**14:
             continue
         kind = str(dtype).removeprefix("torch.")
         row = Row(case.name, case.op, who, "forward", kind)
         rows.append(row)
         try:
-            result = op(**inputs)
+            with torch.no_grad():
+                result = op(**inputs)
             if who in case.other_work:
                 row.note = "not the same work"
             elif exact is not None:
@@ -180,7 +199,8 @@ def run_case(
                 if not row.error <= allowed_error(case, dtype):
                     row.note = "wrong result"
                     continue
-            _fill(row, case, sizes, lambda op=op: op(**inputs), device, dtype, seconds)
+            with torch.no_grad():
+                _fill(row, case, sizes, lambda op=op: op(**inputs), device, dtype, seconds)
             if case.grads:
                 train = Row(case.name, case.op, who, "training", kind, note=row.note)
                 rows.append(train)

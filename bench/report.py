@@ -13,7 +13,8 @@ from tqdm import tqdm
 from .cases import Case, quick_cases
 from .measure import Row, run_case
 
-COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "error", "note")
+COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
+OURS = ("native", "triton", "reference")
 
 
 def measure_all(cases: Iterable[Case], **options) -> list[Row]:
@@ -27,13 +28,13 @@ def measure_all(cases: Iterable[Case], **options) -> list[Row]:
 
 def _speedup(row: Row, rows: list[Row]) -> str:
     """Time of the fastest peer over this row's, both from the same run of the same case."""
-    ours = ("native", "triton", "reference")
-    peers = [
-        r.ms
-        for r in rows
-        if (r.case, r.mode, r.dtype) == (row.case, row.mode, row.dtype) and r.who not in ours and r.ms
-    ]
-    return f"{min(peers) / row.ms:.2f}x" if row.ms and row.who in ours and peers else ""
+    peer = best_peer(row, rows)
+    return f"{peer.ms / row.ms:.2f}x" if row.ms and row.who in OURS and peer else ""
+
+
+def best_peer(row: Row, rows: list[Row]) -> Row | None:
+    same = [r for r in rows if (r.case, r.mode, r.dtype) == (row.case, row.mode, row.dtype)]
+    return min((r for r in same if r.who not in OURS and r.ms), key=lambda r: r.ms, default=None)
 
 
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -43,7 +44,7 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
     return [
         (
             row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row, rows), number(row.mib, ".1f"),
-            number(row.error, ".1e"), row.note,
+            number(row.gb_per_s, ".1f"), number(row.tflop_per_s, ".3f"), number(row.error, ".1e"), row.note,
         )
         for row in rows
     ]  # fmt: skip
@@ -86,15 +87,21 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def write(rows: list[Row], folder: Path) -> Path:
+def write(rows: list[Row], folder: Path, ceilings: dict[str, float]) -> Path:
     """results as <date>-<machine>.json and .md in `folder`; returns the JSON's path."""
     facts = machine()
     kind = "".join(ch if ch.isalnum() else "-" for ch in facts.get("gpu", facts["cpu"])).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date']}-{kind}-{facts['threads']}threads.json"
-    path.write_text(json.dumps({"machine": facts, "rows": [row.asdict() for row in rows]}, indent=1) + "\n")
+    result = {"machine": facts, "ceilings": ceilings, "rows": [row.asdict() for row in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
     title = ", ".join(f"{name} {value}" for name, value in facts.items())
-    note = "Median of repeated runs in milliseconds; MiB is the growth of peak memory; error is relative to float64.\n"
+    note = (
+        "Median of repeated runs in milliseconds; MiB is the growth of peak memory; error is relative to float64. "
+        "GB/s and TFLOP/s count what the op has to move and compute at least; this machine reaches "
+        + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items())
+        + ".\n"
+    )
     path.with_suffix(".md").write_text(f"# Benchmark\n\n{title}\n\n{note}\n{markdown(rows)}")
     return path
 
@@ -108,10 +115,8 @@ def readme_table(path: Path) -> str:
     rows = [Row(**row) for row in result["rows"]]
     lines = ["| case | mode | ours, ms | best peer, ms | ratio | memory, ours / peer, MiB |", "|" + " --- |" * 6]
     for ours in (row for row in rows if row.who in ("native", "triton") and row.ms):
-        same = [r for r in rows if (r.case, r.mode, r.dtype) == (ours.case, ours.mode, ours.dtype) and r.ms]
-        peers = [r for r in same if r.who not in ("native", "triton", "reference")]
-        if peers:
-            peer = min(peers, key=lambda r: r.ms)
+        peer = best_peer(ours, rows)
+        if peer:
             memory = "" if None in (ours.mib, peer.mib) else f"{ours.mib:.0f} / {peer.mib:.0f}"
             what = f"{peer.ms:.1f} ({peer.who})"
             ratio = f"{peer.ms / ours.ms:.1f}x"
