@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from .cases import CASES
 from .measure import Row
 from .report import best_peer
 
@@ -55,7 +54,7 @@ def _roofline(axis, rows: list[Row], ceilings: dict[str, float]) -> None:
         axis.loglog(intensity, np.minimum(intensity * copy / 1e3, most), color="black", lw=1.2)
         axis.text(9e3, most * 1.1, f"matrix product, {dtype}: {most:.2f} TFLOP/s", fontsize=8, ha="right")
     marks = iter("osD^vPX*<>hp8")
-    names = list(dict.fromkeys(case.name for case in CASES if case.work))
+    names = dict.fromkeys(row.case for row in rows if row.tflop_per_s)
     for name in names:
         mark = next(marks, "o")
         for row in rows:
