@@ -19,6 +19,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Keeps the compiler from computing what follows from x before a loop, in registers that are wanted there.
+__device__ __forceinline__ void keep_here(unsigned& x) { asm volatile("" : "+r"(x)); }
+
 // ---- cp.async: copies Bytes (4, 8 or 16, both sides so aligned), of which those from `valid` on become 0 --------------
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {

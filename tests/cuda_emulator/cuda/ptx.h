@@ -8,6 +8,7 @@
 namespace dfn::ptx {
 
 inline char* shared_memory() { return emulator::block().shared; }
+inline void keep_here(unsigned&) {}
 
 // ---- cp.async -------------------------------------------------------------------------------------------------------
 template <int Bytes>
