@@ -3,16 +3,18 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dfn_kernels.route_cuda import grouped
+
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 CSRC = ROOT / "csrc"
-ROWS = 128  # of a tile
 DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -94,34 +96,94 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
+class Plan(ctypes.Structure):
+    """dfn::route::Plan."""
+
+    _fields_ = [("splits", c_int64), ("part_columns", c_int64)]
+
+
 class PatternRoute(Emulator):
-    """The kernels of csrc/cuda/pattern_route*.cu on tensors of the CPU."""
+    """The kernels of csrc/cuda/pattern_route*.cu on tensors of the CPU, called as torch.ops.dfn_cuda.route_tokens is.
+
+    `gap` elements of NaN are between the rows of the operands, which begin at multiples of `align` bytes, not more;
+    `splits`: not what the plan says.
+    """
 
     def __init__(self, library: Path):
         super().__init__(library)
-        self.lib.pattern_route_plan.argtypes = [POINTER(Problem), POINTER(c_int64), POINTER(c_int64)]
-        self.lib.pattern_route_run.argtypes = [POINTER(Problem), c_int64, c_int64]
+        self.lib.pattern_route_plan.argtypes = self.lib.pattern_route_run.argtypes = [POINTER(Problem), POINTER(Plan)]
+        self.gap, self.align, self.splits = 0, None, None
 
-    def tokens(self, left, weights, patterns, bias=None, x=None, groups=None, *, wide=False, splits=None):
-        """(y, the sums for the gradient of weights); backward where x is given."""
-        (T, P), backward = weights.shape, x is not None
+    def tokens(self, left, weights, patterns, bias=None, x=None, groups=None, wide=False) -> tuple[Tensor, Tensor]:
+        (T, P), K, backward = weights.shape, left.shape[1], x is not None
         N = patterns.shape[2 if backward else 1]
-        order, tile_patterns, tile_counts = groups or (None, None, None)
-        y = self.empty((T, N), torch.float32 if wide else left.dtype)
+        left, patterns, x = (None if t is None else self.place(t, self.gap, self.align) for t in (left, patterns, x))
+        weights, bias = self.place(weights), self.place(bias)
+        order, tile_patterns, tile_counts = (self.place(t) for t in groups or (None, None, None))
+        y = self.empty((T, N), weights.dtype if wide else left.dtype)
+        if T * N == 0:
+            return y, weights.new_zeros(T if backward else 0, P)
         g = Problem(
-            DTYPE_CODES[left.dtype], wide, backward, T, P, left.shape[1], N,
+            DTYPE_CODES[left.dtype], wide, backward, T, P, K, N,
             pointer(left), left.stride(0), pointer(weights), pointer(patterns), patterns.stride(0), patterns.stride(1),
             pointer(bias), pointer(x), x.stride(0) if backward else 0, pointer(y), None,
             pointer(order), pointer(tile_patterns), pointer(tile_counts), None, None,
         )  # fmt: skip
-        planned, columns = c_int64(), c_int64()
-        self.lib.pattern_route_plan(g, planned, columns)
-        splits = splits or planned.value
-        parts = self.empty((columns.value, T, P), torch.float32) if backward else None
-        if backward and (groups or left.shape[1] == 0):
+        plan = Plan()
+        self.lib.pattern_route_plan(g, plan)
+        plan.splits = self.splits or plan.splits
+        parts = self.empty((plan.part_columns if backward else 0, T, P), weights.dtype)
+        if groups or K == 0:
             parts.zero_()
-        workspace = self.empty((splits, T, N), torch.float32) if splits > 1 else None
+        workspace = self.empty((plan.splits, T, N), weights.dtype) if plan.splits > 1 else None
         g.parts, g.workspace = pointer(parts), pointer(workspace)
-        self.lib.pattern_route_run(g, splits, columns)
+        self.lib.pattern_route_run(g, plan)
         self.check()
-        return y, parts.sum(0) if backward else None
+        return y, parts.sum(0)
+
+
+# ---- one kernel against float64 -------------------------------------------------------------------------------------
+def compare(route: PatternRoute, T, P, K, N, *, dtype=torch.bfloat16, backward=False, top_k=None, gap=0, align=16,
+            splits=None, order=0) -> None:  # fmt: skip
+    """Fails unless y and the gradient of the weights are right, to float32 rounding and the last bit of y's dtype."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    left, x = torch.randn(T, K).to(dtype), torch.randn(T, N).to(dtype)
+    patterns = torch.randn(P, *((K, N) if backward else (N, K))).to(dtype)
+    weights, bias, groups = torch.randn(T, P, dtype=real), None if backward else torch.randn(N, dtype=real), None
+    if top_k:
+        chosen = torch.rand(T, P).topk(top_k).indices.sort(1).values
+        weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
+        groups = grouped(chosen, P)
+    route.reset(order)
+    route.gap, route.align, route.splits = gap, align, splits
+    y, dw = route.tokens(left, weights, patterns, bias, x if backward else None, groups)
+    sums = torch.einsum("tk,pkn->tpn" if backward else "tk,pnk->tpn", left.double(), patterns.double())
+    exact = torch.einsum("tp,tpn->tn", weights.double(), sums) + (0 if bias is None else bias.double())
+    unit = torch.finfo(real).eps
+    # Float32 sums, of 2^10 terms at most here, are off by some 10 units of their terms' size; then y is rounded once.
+    size = exact.square().mean().sqrt()
+    assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 50 * unit * size).all(), "y is wrong"
+    if not backward and dtype in (torch.float16, torch.bfloat16):
+        wide, _ = route.tokens(left, weights, patterns, bias, None, groups, wide=True)
+        assert torch.equal(wide.to(dtype), y), "y is not the rounded float32 result"
+    if backward:
+        want = torch.einsum("tpn,tn->tp", sums, x.double())
+        if top_k:
+            mine = torch.zeros_like(want).scatter(1, chosen, 1.0)
+            dw, want = dw * mine, want * mine
+        assert ((dw.double() - want).abs() <= 50 * unit * want.square().mean().sqrt()).all(), "dw is wrong"
+    assert route.lib.emulator_bank_conflicts() == 0, "ldmatrix meets conflicts of banks"
+
+
+# Enough that every deliberate error in test_cuda_emulated.py shows: all sizes differ, tails everywhere, lists, splits.
+MUTATION_CASES = (
+    dict(T=131, P=3, K=137, N=151, gap=7, align=16),
+    dict(T=131, P=3, K=137, N=151, gap=7, align=16, backward=True, order=1),
+    dict(T=67, P=5, K=71, N=13, gap=1, align=2, splits=2, order=3),
+    dict(T=263, P=5, K=61, N=37, top_k=2, backward=True, order=4),
+)
+
+if __name__ == "__main__":  # one library, in a process of its own: a broken kernel may do anything
+    torch.manual_seed(0)
+    for case in MUTATION_CASES:
+        compare(PatternRoute(Path(sys.argv[1])), **case)

@@ -12,15 +12,16 @@ namespace dfn::route {
 // Rows of a tile: a list of patterns (top_k) belongs to as many tokens.
 constexpr int64_t kTileRows = 128;
 
-// y[t][n] = bias[n] + sum_p weights[t][p] * (sum_k left[t][k] * right_p[k][n]), in float16 or bfloat16, float32 sums.
+// y[t][n] = bias[n] + sum_p weights[t][p] * (sum_k left[t][k] * right_p[k][n]), in float32 sums (float64
+// for float64).
 //
 //   forward    left = x [T, I], K = I, N = O, right_p[k][n] = patterns[p][n][k], y the output
 //   backward   left = grad [T, O], K = O, N = I, right_p[k][n] = patterns[p][k][n], y the gradient of x; the sum over k
 //              in brackets, before it is multiplied by the weight, also gives that of the weights:
 //              parts[c][t][p] = sum over the columns n of tile column c of (sum over k) * x[t][n]
 struct Problem {
-  Dtype dtype;    // of left, patterns, x: f16 or bf16
-  bool wide;      // y is float32, not dtype; forward only
+  Dtype dtype;    // of left, patterns, x. With f64, what is called float below is float64
+  bool wide;      // f16 and bf16, forward only: y is float32
   bool backward;
   int64_t T, P, K, N;
   const void* left;      // [T, K], rows left_stride elements apart, dense in k
@@ -48,11 +49,15 @@ struct Plan {
   int64_t part_columns;  // tile columns: the first dimension of parts
 };
 
-// mma.sync, any size, stride and alignment: pattern_route_sm80.cu.
+// float32 and float64: pattern_route_simple.cu.
+Plan plan_simple(const Problem&);
+void route_simple(const Problem&, const Plan&);
+
+// float16 and bfloat16 by mma.sync, any size, stride and alignment: pattern_route_sm80.cu.
 Plan plan_sm80(const Problem&);
 void route_sm80(const Problem&, const Plan&);
 
-// TMA and wgmma: pattern_route_sm90.cu. `takes_sm90`: compute capability 9.0, and operands that TMA can read.
+// The same by TMA and wgmma: pattern_route_sm90.cu. `takes_sm90`: compute capability 9.0, and operands that TMA can read.
 bool takes_sm90(const Problem&);
 Plan plan_sm90(const Problem&);
 void route_forward_sm90(const Problem&, const Plan&);

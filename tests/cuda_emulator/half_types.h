@@ -26,10 +26,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 
 inline float __half2float(__half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const float sign = x.bits >> 15 ? -1.0f : 1.0f;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(float(fraction), -24));
+  uint32_t wide = (x.bits & 0x7fffu) << 13;  // the exponent still has float16's bias
+  float out;
+  memcpy(&out, &wide, 4);
+  out *= 0x1p112f;
+  if ((x.bits & 0x7c00) == 0x7c00) out = x.bits & 0x3ff ? NAN : INFINITY;
+  return x.bits >> 15 ? -out : out;
 }
 inline __half __float2half_rn(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;

@@ -1,16 +1,17 @@
-// The CUDA kernels of pattern_route in the emulator, for tests/test_cuda_emulated.py: memory comes from the caller.
+// The CUDA kernels of pattern_route in the emulator, for tests/cuda_emulated.py: memory comes from the caller.
 #include "cuda/pattern_route.h"
 
 extern "C" {
+using dfn::Dtype;
 using dfn::route::Plan;
 using dfn::route::Problem;
 
-void pattern_route_plan(const Problem* g, int64_t* splits, int64_t* part_columns) {
-  const Plan plan = dfn::route::plan_sm80(*g);
-  *splits = plan.splits;
-  *part_columns = plan.part_columns;
+static bool simple(const Problem& g) { return g.dtype == Dtype::f32 || g.dtype == Dtype::f64; }
+
+void pattern_route_plan(const Problem* g, Plan* plan) {
+  *plan = simple(*g) ? dfn::route::plan_simple(*g) : dfn::route::plan_sm80(*g);
 }
-void pattern_route_run(const Problem* g, int64_t splits, int64_t part_columns) {
-  dfn::route::route_sm80(*g, Plan{splits, part_columns});
+void pattern_route_run(const Problem* g, const Plan* plan) {
+  simple(*g) ? dfn::route::route_simple(*g, *plan) : dfn::route::route_sm80(*g, *plan);
 }
 }
