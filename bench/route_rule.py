@@ -1,7 +1,7 @@
-"""python -m bench.route_rule [--out FILE]: what the rule of dfn_kernels/route_cuda.py decides, against the clock. Needs a GPU.
+"""python -m bench.route_rule [--out FILE]: the rule of dfn_kernels/route_cuda.py against the clock. Needs a GPU.
 
-For every size and dtype, forward and backward (without the gradient of the patterns, which is always PyTorch's): the time
-of our CUDA kernel, of PyTorch's products, of the Triton kernel, of one bare cuBLAS product of the same work, and whether
+For every size and dtype, forward and backward (without the gradient of the patterns, always PyTorch's): the time of our
+CUDA kernel, of PyTorch's products, of the Triton kernel, of one bare cuBLAS product of the same work, and whether
 `by_products` names the faster of the first two. Results that disagree get no time. The last line counts the wrong
 choices and what they cost. Not yet run on a GPU.
 """
@@ -22,8 +22,8 @@ from .measure import time_ms
 #         T, P, I, O
 SIZES = [
     (1, 8, 512, 512), (128, 8, 512, 512), (1024, 8, 512, 512), (8192, 8, 512, 512), (8191, 8, 509, 521),
-    (65536, 16, 768, 768), (1024, 8, 512, 10_000), (8192, 8, 512, 10_000), (8192, 4, 4096, 4096), (2048, 2, 16_384, 4096),
-    (7, 3, 64, 64), (64, 4, 128, 128), (512, 8, 128, 128),
+    (65536, 16, 768, 768), (1024, 8, 512, 10_000), (8192, 8, 512, 10_000), (8192, 4, 4096, 4096),
+    (2048, 2, 16_384, 4096), (7, 3, 64, 64), (64, 4, 128, 128), (512, 8, 128, 128),
 ]  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -80,7 +80,7 @@ def line(row: dict) -> str:
     times = "  ".join(f"{name} {'wrong' if ms is None else f'{ms:.3f}'}" for name, ms in row["ms"].items())
     verdict = "right" if row["choice"] == row["best"] else f"WRONG, costs {row['lost'] or 0:.0%}"
     return (f"T={row['T']} P={row['P']} K={row['K']} N={row['N']} {row['dtype']} "
-            f"{'backward' if row['backward'] else 'forward'}: {times} ms; rule: {row['choice']}, {verdict}")  # fmt: skip
+            f"{'backward' if row['backward'] else 'forward'}: {times} ms; {row['choice']} is {verdict}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the rows as JSON, too")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement (default: %(default)s)")
     given = parser.parse_args(argv)
-    reason = "PyTorch sees no GPU" if not torch.cuda.is_available() else _backends.missing("pattern_route", "native", "cuda")
+    reason = None if torch.cuda.is_available() else "PyTorch sees no GPU"
+    reason = reason or _backends.missing("pattern_route", "native", "cuda")
     if reason:
         print(f"route_rule: nothing was measured: {reason}")
         return 3

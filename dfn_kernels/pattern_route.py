@@ -12,7 +12,7 @@ from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
 
 OP = "pattern_route"
-# The CUDA kernels have only run in the tests' emulator: Triton stays the default on a GPU until they are measured there.
+# The CUDA kernels have only run in the tests' emulator: Triton is the default on a GPU until they are measured there.
 _backends.register(OP, cuda=True, cuda_first=False)
 
 

@@ -1,4 +1,4 @@
-"""pattern_route in CUDA C++: what the kernels do, what PyTorch's products (cuBLAS) do better, tokens grouped by patterns.
+"""pattern_route in CUDA C++: what the kernels do, what PyTorch's products (cuBLAS) do, tokens grouped by patterns.
 
 The launcher beside csrc/cuda/pattern_route*.cu. Nothing here is larger than the op's own inputs and
 results, or than SCRATCH_BYTES: neither [T, P, O] nor [T, P * I] exists.
@@ -37,10 +37,10 @@ def _left_to_products(left: Tensor, N: int) -> bool:
 
 # ---- tokens grouped by pattern set ----------------------------------------------------------------------------------
 def grouped(chosen: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An order of the tokens that brings equal sets together, and each tile's patterns; of fixed sizes, without a sync.
+    """An order of the tokens that brings equal sets together, and each tile's patterns; no synchronisation.
 
-    chosen ``[T, k]``: each token's patterns, ascending. Returns ``order [T]``, ``patterns [ceil(T / 128), P]`` int32, of
-    which the first ``counts [ceil(T / 128)]`` are those of a tile, ascending.
+    chosen ``[T, k]``: each token's patterns, ascending. Returns ``order [T]``, ``patterns [ceil(T / 128), P]`` int32,
+    of which the first ``counts [ceil(T / 128)]`` are those of a tile, ascending.
     """
     T, k = chosen.shape
     digits = min(k, 62 // max(1, (P - 1).bit_length()))  # a set as a number, its first patterns if that is too long
@@ -92,7 +92,8 @@ def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     group = max(1, SCRATCH_BYTES // max(1, T * O * x.element_size()))
     for p in range(0, P, group):
         some = weights[:, p : p + group]
-        scaled = torch.mul(grad[:, None, :], some[:, :, None], out=x.new_empty(T, some.shape[1], O))  # rounded to x's dtype
+        scaled = x.new_empty(T, some.shape[1], O)
+        torch.mul(grad[:, None, :], some[:, :, None], out=scaled)  # in half precision, rounded here
         out[p : p + group] = (scaled.flatten(1).t() @ x).view(some.shape[1], O, -1)
     return out
 

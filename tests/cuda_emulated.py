@@ -36,8 +36,8 @@ def compile_library(folder: Path, driver: str, sources: list[Path]) -> Path:
     """The driver of this name and the kernels' sources as a shared library."""
     library = folder / f"{driver}.so"
     command = [
-        shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared",
-        f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
+        shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
+        "-shared", f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
         *map(str, sources),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -15,6 +15,7 @@ import torch
 from cuda_emulated import CSRC, PatternRoute, compare, compile_library
 from helpers import DEVICE, INTERPRETED, check_against_reference, same_bits
 
+from bench import route_rule
 from dfn_kernels import _backends, pattern_route, route_cuda
 
 SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple")]
@@ -71,10 +72,10 @@ def test_lists_of_patterns(route, top_k, backward):
 
 def test_nothing_to_add(route):
     for dtype in (torch.bfloat16, torch.float32):
-        y, _ = route.tokens(torch.empty(3, 0, dtype=dtype), torch.ones(3, 2), torch.empty(2, 5, 0, dtype=dtype), torch.ones(5))
+        left, weights = torch.empty(3, 0, dtype=dtype), torch.ones(3, 2)
+        y, _ = route.tokens(left, weights, torch.empty(2, 5, 0, dtype=dtype), torch.ones(5))
         assert y.eq(1).all()
-        y, dw = route.tokens(torch.empty(3, 0, dtype=dtype), torch.ones(3, 2), torch.empty(2, 0, 5, dtype=dtype),
-                             x=torch.ones(3, 5, dtype=dtype))  # fmt: skip
+        y, dw = route.tokens(left, weights, torch.empty(2, 0, 5, dtype=dtype), x=torch.ones(3, 5, dtype=dtype))
         assert y.eq(0).all() and dw.eq(0).all()
 
 
@@ -159,6 +160,19 @@ def test_rule():
     assert not route_cuda.by_products(7, 512, 512, torch.float32, hopper)
 
 
+def test_rule_benchmark(route, monkeypatch):
+    """bench.route_rule on tensors of the CPU: it times what is right, and nothing else."""
+    monkeypatch.setattr(route_cuda, "_kernel", route.tokens)
+    route.reset()
+    route.gap, route.align, route.splits = 0, None, None
+    for backward in (False, True):
+        row = route_rule.measure((7, 3, 8, 16), torch.bfloat16, backward, "cpu", 0.01)
+        assert all(row["ms"].values()) and row["best"] in row["ms"] and "T=7 P=3" in route_rule.line(row)
+    monkeypatch.setattr(route_cuda, "_kernel", lambda *args: (route.tokens(*args)[0] * 1.5, None))
+    row = route_rule.measure((7, 3, 8, 16), torch.bfloat16, False, "cpu", 0.01)
+    assert row["ms"]["kernel"] is None and row["best"] == "products" and "kernel wrong" in route_rule.line(row)
+
+
 @pytest.mark.parametrize("T, P, k", [(1, 1, 1), (127, 5, 2), (128, 8, 2), (1201, 8, 2), (300, 67, 13), (300, 1000, 3)])
 def test_grouped(T, P, k):
     chosen = torch.rand(T, P).topk(k).indices.sort(1).values
@@ -176,12 +190,12 @@ SWAPS = {
     "a barrier less": ("__syncthreads();  // the stage is complete", "// the stage is complete"),
     "no wait": ("ptx::copy_wait<kStages - 2>();", ""),
     "a wait too short": ("ptx::copy_wait<kStages - 2>();", "ptx::copy_wait<kStages - 1>();"),
-    "filled a step too early": ("loader.next(g, tile, widths, filled, thread);", "loader.next(g, tile, widths, stage, thread);"),
+    "filled a step too early": ("widths, filled, thread);", "widths, stage, thread);"),
     "fragment of a": ("lane % 16, k / kChunk + lane / 16", "lane % 16, k / kChunk + lane / 8 % 2"),
     "fragment of b": ("b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]", "b[j / 2][j % 2], b[j / 2][j % 2 + 2]"),
     "not transposed": ("ptx::load_matrix_transposed(", "ptx::load_matrix("),
     "swizzle": ("(c ^ row % 8)", "(c ^ row % 4)"),
-    "tail of K": ("const int valid = left_token[i] < 0 ? 0 : K - k;", "const int valid = left_token[i] < 0 ? 0 : kChunk;"),
+    "tail of K": ("left_token[i] < 0 ? 0 : K - k;", "left_token[i] < 0 ? 0 : kChunk;"),
     "tail of N": ("o + i * kRightStep < O ? I - e : 0", "o + i * kRightStep <= O ? I - e : 0"),
     "tail of T": ("if (t < 0) continue;", ""),
     "weight of another row": ("[stage * kRows + row + 8 * i];", "[stage * kRows + row + 4 * i];"),
@@ -197,7 +211,8 @@ SWAPS = {
 
 def outcome(folder, source) -> subprocess.CompletedProcess:
     library = compile_library(folder, "pattern_route", [source, SOURCES[1]])
-    return subprocess.run([sys.executable, cuda_emulated.__file__, str(library)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, cuda_emulated.__file__, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
