@@ -31,6 +31,14 @@ def by_products(T: int, K: int, N: int, dtype: torch.dtype, capability: tuple[in
     return K >= (7_400 if capability >= (9, 0) else 11_000) and T * K * N >= 4_000_000_000
 
 
+def grouping_pays(T: int, P: int, K: int, N: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether top_k is worth `grouped`: some 12 launches, 60 us, against the products of the other patterns.
+
+    In that time Hopper's tensor cores do 2e10 multiply-adds, the float32 kernel about 3e8. Not yet run on a GPU.
+    """
+    return (P - k) * T * K * N >= (20_000_000_000 if dtype in (torch.float16, torch.bfloat16) else 300_000_000)
+
+
 def _left_to_products(left: Tensor, N: int) -> bool:
     return by_products(*left.shape, N, left.dtype, torch.cuda.get_device_capability(left.device))
 
@@ -105,10 +113,11 @@ def _kernel(left, weights, patterns, bias, x, groups, wide) -> tuple[Tensor, Ten
 
 
 def _tokens(left, weights, patterns, bias, x, chosen, wide) -> tuple[Tensor, Tensor]:
-    P, N = patterns.shape[0], patterns.shape[2 if x is not None else 1]
+    (T, K), P, N = left.shape, patterns.shape[0], patterns.shape[2 if x is not None else 1]
     if _left_to_products(left, N):
         return _products(left, weights, patterns, bias, x, wide)
-    return _kernel(left, weights, patterns, bias, x, None if chosen is None else grouped(chosen, P), wide)
+    listed = chosen is not None and grouping_pays(T, P, K, N, chosen.shape[1], left.dtype)
+    return _kernel(left, weights, patterns, bias, x, grouped(chosen, P) if listed else None, wide)
 
 
 def pattern_route(

@@ -129,6 +129,7 @@ def op(request, route, monkeypatch):
     monkeypatch.setattr(route_cuda, "_kernel", route.tokens)
     monkeypatch.setattr(route_cuda, "_left_to_products", lambda left, N: request.param == "products")
     monkeypatch.setattr(route_cuda, "SCRATCH_BYTES", 1 << 13)  # several pieces
+    monkeypatch.setattr(route_cuda, "grouping_pays", lambda *sizes: True)
     return pattern_route
 
 
@@ -158,6 +159,8 @@ def test_rule():
     assert not route_cuda.by_products(1024, 10_000, 512, half, ampere)
     assert route_cuda.by_products(1024, 512, 512, torch.float32, hopper)
     assert not route_cuda.by_products(7, 512, 512, torch.float32, hopper)
+    assert route_cuda.grouping_pays(65536, 16, 768, 768, 2, half)
+    assert not route_cuda.grouping_pays(1024, 8, 512, 512, 2, half)
 
 
 def test_rule_benchmark(route, monkeypatch):
@@ -202,6 +205,8 @@ SWAPS = {
     "weights of another stage": ("kWeightsAt + (stage * kRows", "kWeightsAt + ((stage + 1) % kStages * kRows"),
     "sums not cleared": ("        sum = 0;\n", ""),
     "dots without a barrier": ("      __syncthreads();\n      if (warp_column == 0)", "      if (warp_column == 0)"),
+    "a barrier for some": ("      __syncthreads();\n      if (warp", "      if (lane < 16) __syncthreads();\n      if (warp"),
+    "copies too wide": ("places % 16 == 0 ? 16", "places % 2 == 0 ? 16"),
     "a warp's dots left out": (" + others[2 * kRows]", ""),
     "a split left out": ("for (int64_t split = 0; split < plan.splits", "for (int64_t split = 1; split < plan.splits"),
     "list of another tile": ("g.tile_patterns[m * g.P + at]", "g.tile_patterns[at]"),
