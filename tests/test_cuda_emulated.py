@@ -205,7 +205,7 @@ SWAPS = {
     "weights of another stage": ("kWeightsAt + (stage * kRows", "kWeightsAt + ((stage + 1) % kStages * kRows"),
     "sums not cleared": ("        sum = 0;\n", ""),
     "dots without a barrier": ("      __syncthreads();\n      if (warp_column == 0)", "      if (warp_column == 0)"),
-    "a barrier for some": ("      __syncthreads();\n      if (warp", "      if (lane < 16) __syncthreads();\n      if (warp"),
+    "a barrier for some": ("__syncthreads();\n      if (warp", "if (lane < 16) __syncthreads();\n      if (warp"),
     "copies too wide": ("places % 16 == 0 ? 16", "places % 2 == 0 ? 16"),
     "a warp's dots left out": (" + others[2 * kRows]", ""),
     "a split left out": ("for (int64_t split = 0; split < plan.splits", "for (int64_t split = 1; split < plan.splits"),
