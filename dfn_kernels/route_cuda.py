@@ -95,14 +95,14 @@ def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor]:
 
 def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """dP[p] = (w_p * grad)^T x, as many patterns at once as the scaled gradients have room for."""
-    (T, O), P = grad.shape, weights.shape[1]
-    out = x.new_empty(P, O, x.shape[1])
+    (T, O), I, P = grad.shape, x.shape[1], weights.shape[1]
+    out = x.new_empty(P, O, I)
     group = max(1, SCRATCH_BYTES // max(1, T * O * x.element_size()))
     for p in range(0, P, group):
         some = weights[:, p : p + group]
         scaled = x.new_empty(T, some.shape[1], O)
         torch.mul(grad[:, None, :], some[:, :, None], out=scaled)  # in half precision, rounded here
-        out[p : p + group] = (scaled.flatten(1).t() @ x).view(some.shape[1], O, -1)
+        out[p : p + group] = (scaled.flatten(1).t() @ x).view(some.shape[1], O, I)
     return out
 
 

@@ -32,14 +32,17 @@ class Problem(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compile_library(folder: Path, driver: str, sources: list[Path]) -> Path:
-    """The driver of this name and the kernels' sources as a shared library."""
-    library = folder / f"{driver}.so"
+def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
+    """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
+    library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
     command = [
         shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
         "-shared", f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
         *map(str, sources),
     ]  # fmt: skip
+    if operators:
+        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include"),
+                    f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

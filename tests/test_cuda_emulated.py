@@ -26,7 +26,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def route(tmp_path_factory):
-    return PatternRoute(compile_library(tmp_path_factory.mktemp("emulated"), "pattern_route", SOURCES))
+    sources = [*SOURCES, CSRC / "cuda" / "pattern_route.cu"]
+    library = compile_library(tmp_path_factory.mktemp("emulated"), "pattern_route", sources, operators=True)
+    if torch.version.cuda is None:  # else the real one is loaded
+        torch.ops.load_library(str(library))
+    return PatternRoute(library)
 
 
 # ---- the kernels against float64 ------------------------------------------------------------------------------------
@@ -123,14 +127,16 @@ class OnTheCPU:
 def op(request, route, monkeypatch):
     if _backends.missing("pattern_route", "native", "cpu"):
         pytest.skip("goes through the native backend's ops")
+    if torch.version.cuda is not None and request.param == "kernels":
+        pytest.skip("torch.ops.dfn_cuda is the real one")
     route.reset()
     route.gap, route.align, route.splits = 0, None, None
     monkeypatch.setattr(importlib.import_module("dfn_kernels.pattern_route"), "_launcher", lambda backend, x: OnTheCPU)
-    monkeypatch.setattr(route_cuda, "_kernel", route.tokens)
     monkeypatch.setattr(route_cuda, "_left_to_products", lambda left, N: request.param == "products")
     monkeypatch.setattr(route_cuda, "SCRATCH_BYTES", 1 << 13)  # several pieces
     monkeypatch.setattr(route_cuda, "grouping_pays", lambda *sizes: True)
-    return pattern_route
+    yield pattern_route
+    route.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -146,6 +152,34 @@ def test_op(op, dtype):
             patterns=torch.randn(P, O, I).div(I**0.5).to(dtype), **more,
         )  # fmt: skip
         check_against_reference(op, inputs, "native")
+
+
+@pytest.mark.parametrize("empty", [dict(T=0), dict(P=0), dict(O=0), dict(I=0), dict(T=0, I=0)], ids=str)
+def test_op_on_nothing(op, empty):
+    T, P, O, I = ({"T": 5, "P": 3, "O": 7, "I": 11} | empty).values()
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [torch.randn(T, I).to(dtype), torch.randn(T, P), torch.randn(P, O, I).to(dtype), torch.randn(O)]
+        leaves = [x.requires_grad_() for x in inputs]
+        y = op(*leaves)
+        assert torch.equal(y, inputs[3].to(dtype).expand(T, O))
+        y.sum().backward()
+        assert all(x.grad.eq(0).all() for x in leaves[:3]) and leaves[3].grad.eq(T).all()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch.ops.dfn_cuda is the real one")
+def test_operator_checks_what_it_is_given(route):
+    x, w, p = torch.randn(5, 7).bfloat16(), torch.randn(5, 3), torch.randn(3, 11, 7).bfloat16()
+    run = torch.ops.dfn_cuda.route_tokens
+    nothing = (None, None, None, None, None)
+    for args in (
+        (x, w, p.half(), *nothing, False), (x, w.double(), p, *nothing, False), (x, w[:, :2], p, *nothing, False),
+        (x, w, p[:, :, :5], *nothing, False), (x.t().contiguous().t(), w, p, *nothing, False),
+        (x, w, p, torch.randn(11).bfloat16(), *nothing[1:], False),
+        (x, w, p, None, None, torch.arange(5), None, None, False),
+        (x, w, p, None, x, None, None, None, True),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            run(*args)
 
 
 # ---- the rule, the groups -------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 // done here and what by PyTorch's own products: dfn_kernels/route_cuda.py. Compiled, but not yet run on a GPU.
 #include "cuda/pattern_route.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <optional>
 #include <tuple>
 
 #include "common/tensors.h"
+#include "cuda/device.h"
 
 namespace dfn::route {
 namespace {
@@ -40,7 +39,7 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
                                         const std::optional<Tensor>& bias, const std::optional<Tensor>& x,
                                         const std::optional<Tensor>& order, const std::optional<Tensor>& tile_patterns,
                                         const std::optional<Tensor>& tile_counts, bool wide) {
-  const torch::stable::accelerator::DeviceGuard guard(left.get_device_index());
+  const OnDevice device(left);
   STD_TORCH_CHECK(left.dim() == 2 && patterns.dim() == 3, "expected left [T, K] and patterns [P, O, I]");
   Problem g = {};
   g.dtype = dtype_of(left);
@@ -73,9 +72,7 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
     check_dense(*tile_counts, "tile_counts", ScalarType::Int, {lists});
   }
 
-  void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(left.get_device_index(), &stream);
-  g.stream = static_cast<cudaStream_t>(stream);
+  g.stream = device.stream();
   g.left = left.data_ptr(), g.left_stride = left.stride(0);
   g.weights = static_cast<const float*>(weights.data_ptr());
   g.patterns = patterns.data_ptr(), g.pattern_stride = patterns.stride(0), g.row_stride = patterns.stride(1);
@@ -110,4 +107,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cuda, m) {
   m.def("route_tokens(Tensor left, Tensor weights, Tensor patterns, Tensor? bias, Tensor? x, Tensor? order, "
         "Tensor? tile_patterns, Tensor? tile_counts, bool wide) -> (Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(dfn_cuda, CUDA, m) { m.impl("route_tokens", TORCH_BOX(&dfn::route::route_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(dfn_cuda, DFN_DEVICE, m) { m.impl("route_tokens", TORCH_BOX(&dfn::route::route_tokens)); }
