@@ -1,13 +1,14 @@
 """FlowNetwork: layers whose weight matrix is mixed per token from P shared patterns. The mixed matrix never exists."""
 
 import math
-import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dfn_kernels import low_rank_route, pattern_route
+
+from .flow_metrics import FlowMetrics, NetworkMetrics
+from .vocabulary_loss import vocabulary_loss
 
 __all__ = [
     "AdaptiveFlowRouter",
@@ -26,80 +27,6 @@ PRESETS = {
     "large": dict(vocab_size=50000, d_model=768, num_layers=8, num_patterns=16),
     "compact": dict(vocab_size=10000, d_model=512, num_layers=6, num_patterns=8, rank=12, tie_output=True),
 }
-
-
-@dataclass(frozen=True)
-class FlowMetrics:
-    """How a router mixes, as tensors: nothing here waits for a GPU until `summary` is called.
-
-    entropy: mean over tokens of the entropy of their weights, in bits: low where each token is sure of its pattern.
-    usage: ``[P]``, the mean weight of each pattern.
-    active: share of the connections that were active (1 without sparsity).
-    gate: mean of the layer's gate, where there is one.
-    """
-
-    entropy: Tensor
-    usage: Tensor
-    active: Tensor
-    gate: Tensor | None = None
-
-    @classmethod
-    def of(cls, weights: Tensor, active: Tensor | None = None) -> "FlowMetrics":
-        """From weights ``[.., P]`` that sum to 1. No gradients flow through metrics."""
-        w = weights.detach().float().flatten(0, -2)
-        entropy = -(w * w.clamp_min(1e-30).log2()).sum(-1).mean()
-        return cls(entropy, w.mean(0), torch.ones_like(entropy) if active is None else active)
-
-    @property
-    def usage_entropy(self) -> Tensor:
-        """Entropy of the mean weights, in bits: log2(P) where all patterns are used alike, 0 where one serves all."""
-        return -(self.usage * self.usage.clamp_min(1e-30).log2()).sum()
-
-    def summary(self) -> dict[str, float]:
-        """Plain numbers, for printing; waits for the device."""
-        numbers = {
-            "entropy": self.entropy.item(),
-            "usage_entropy": self.usage_entropy.item(),
-            "max_entropy": math.log2(len(self.usage)),
-            "active": self.active.item(),
-        }
-        return numbers if self.gate is None else {**numbers, "gate": self.gate.item()}
-
-
-class NetworkMetrics(list):
-    """The metrics of a network's layers, in order: input, flow layers, output. `summary` averages them."""
-
-    def summary(self) -> dict[str, float]:
-        rows = [layer.summary() for layer in self]
-        names = dict.fromkeys(name for row in rows for name in row)
-        return {name: sum(r[name] for r in rows if name in r) / sum(name in r for r in rows) for name in names}
-
-    @property
-    def pattern_entropy(self) -> Tensor:
-        """Mean over the layers of `FlowMetrics.entropy`, 0-d."""
-        return torch.stack([layer.entropy for layer in self]).mean()
-
-    def plot(self, path: str | os.PathLike) -> None:
-        """Writes a PNG: how much each layer uses each pattern, and how sure its tokens are of theirs."""
-        import matplotlib.pyplot as plt
-
-        usage = torch.stack([layer.usage for layer in self]).cpu()
-        rows = [layer.summary() for layer in self]
-        names = ["input", *(f"layer {i + 1}" for i in range(len(self) - 2)), "output"]
-        size = (10, 0.4 * len(self) + 1.8)
-        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-        image = left.imshow(usage, cmap="viridis", vmin=0, aspect="auto")
-        figure.colorbar(image, ax=left, label="mean weight")
-        left.set(yticks=range(len(self)), yticklabels=names, xlabel="pattern", title="How much each pattern is used")
-        left.set_xticks(range(usage.shape[1]))
-        place = torch.arange(len(self))
-        right.barh(place - 0.2, [row["entropy"] for row in rows], 0.4, label="of a token's weights")
-        right.barh(place + 0.2, [row["usage_entropy"] for row in rows], 0.4, label="of the mean weights")
-        right.axvline(rows[0]["max_entropy"], color="black", lw=1, ls=":", label="at most")
-        right.set(xlabel="entropy in bits", title="How sure tokens are, how even the use")
-        right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
 
 
 class AdaptiveFlowRouter(nn.Module):
@@ -281,6 +208,21 @@ class FlowNetwork(nn.Module):
         return cls(**{**PRESETS[name], **changes})
 
     def forward(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
+        h, metrics = self._states(ids)
+        return (h @ self.embedding.weight.T.to(h.dtype) if self.tie_output else h), metrics
+
+    def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, NetworkMetrics]:
+        """Mean cross-entropy of the logits in nats, float32, and metrics; targets int64 ``[B, N]``.
+
+        With `tie_output` by `vocabulary_loss`, which takes less time and memory than logits and their cross-entropy.
+        """
+        h, metrics = self._states(ids)
+        if self.tie_output:
+            return vocabulary_loss(h, self.embedding.weight, targets), metrics
+        return nn.functional.cross_entropy(h.flatten(0, 1).float(), targets.flatten()), metrics
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
+        """What the output layer returns."""
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"FlowNetwork: ids must be int64, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[1] > self.max_seq_len:
@@ -299,13 +241,11 @@ class FlowNetwork(nn.Module):
                 h = h + self.mixers[number](h)
             update, seen = layer(h)
             gate = gates[..., number : number + 1]
-            h = gate * update + (1 - gate) * h
-            metrics.append(FlowMetrics(seen.entropy, seen.usage, seen.active, gate.detach().float().mean()))
-        logits, last = self.output_layer(h)
+            h = torch.lerp(h, update.to(h.dtype), gate.to(h.dtype))
+            metrics.append(FlowMetrics.of(seen.weights, seen.active_share, gate))
+        h, last = self.output_layer(h)
         metrics.append(last)
-        if self.tie_output:
-            logits = logits @ self.embedding.weight.T.to(logits.dtype)
-        return logits, metrics
+        return h, metrics
 
     def set_density(self, density: float | None) -> None:
         """The share of connections that every full-rank router keeps from now on; None keeps all."""
@@ -333,4 +273,5 @@ class FlowNetwork(nn.Module):
         return {"parameters": here, "generated": generated, "reduction": 1 - here / generated}
 
 
-from .flow_training import benchmark_flow_network, create_dummy_data, train_flow_network  # noqa: E402
+from .flow_benchmark import benchmark_flow_network  # noqa: E402
+from .flow_training import create_dummy_data, train_flow_network  # noqa: E402

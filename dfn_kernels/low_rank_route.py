@@ -56,7 +56,6 @@ def low_rank_route(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, bias: T
     T = x.shape[0]
     inner = x @ down.reshape(P * r, I).T  # [T, P * r]
     scaled = (inner.view(T, P, r) * weights.unsqueeze(2)).to(inner.dtype).view(T, P * r)
-    y = scaled @ up.transpose(1, 2).reshape(P * r, O)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
+    columns = up.transpose(1, 2).reshape(P * r, O)
+    y = scaled @ columns if bias is None else torch.addmm(bias.to(inner.dtype), scaled, columns)
     return y.reshape(*lead, O)

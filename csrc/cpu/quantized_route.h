@@ -13,7 +13,7 @@ struct QuantizedProblem {
   int64_t panel;               // tokens that are packed together: 1, 2, 4, 8 or 14
   bool vnni;                   // the CPU multiplies quads of bytes
   const float* x;              // [T, I]
-  const float* weights;        // [T, P]
+  const float* weights;        // [T, P], or null: all 1
   const int8_t* patterns;      // [P, ceil(O / 32), quads, 32, 4]
   const float* scales;         // [P, O]
   const int32_t* sums;         // [P, O] sums of the int8 rows

@@ -1,5 +1,7 @@
 #include "cpu/quantized_route.h"
 
+#include <cstring>
+
 #include "cpu/simd.h"
 
 namespace dfn::DFN_ISA {
@@ -67,7 +69,7 @@ void route(const QuantizedProblem& g, int64_t begin, int64_t end, int64_t first,
         const float* scales = g.scales + p * g.O + o0;
         const int32_t* row_sums = g.sums + p * g.O + o0;
         for (int64_t r = 0; r < rows; ++r) {
-          const float weight = g.weights[(t0 + r) * g.P + p] * g.token_scales[t0 + r];
+          const float weight = (g.weights ? g.weights[(t0 + r) * g.P + p] : 1.0f) * g.token_scales[t0 + r];
           for (int64_t c = 0; c < columns; ++c)  // the tokens' bytes are 128 too large
             total[r * C + c] += weight * scales[c] * static_cast<float>(sums[r * C + c] - 128 * row_sums[c]);
         }
@@ -82,22 +84,37 @@ void route(const QuantizedProblem& g, int64_t begin, int64_t end, int64_t first,
 }  // namespace
 
 void quantize_tokens(const QuantizedProblem& g, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 64;
   const int64_t R = g.panel;
   for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t r = 0; r < R; ++r) {
       uint8_t* bytes = g.tokens + panel * g.quads * R * 4 + 4 * r;
       const int64_t t = panel * R + r;
       const float* x = g.x + (t < g.T ? t : 0) * g.I;
-      float most = 0;
+      uint32_t bits = 0;  // magnitudes compare like their bits, and NaN is the largest
       for (int64_t i = 0; i < g.I; ++i) {
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        most = size > most || size != size ? size : most;
+        uint32_t one;
+        std::memcpy(&one, x + i, 4);
+        one &= 0x7fffffffu;
+        bits = one > bits ? one : bits;
       }
+      float most;
+      std::memcpy(&most, &bits, 4);
       if (t < g.T) g.token_scales[t] = most / 127;  // infinite or NaN: so is the whole row of out
-      const float inverse = most > 0 && most <= 3.4e38f ? 127 / most : 0.0f;
-      for (int64_t i = 0; i < 4 * g.quads; ++i) {
-        const float scaled = t < g.T && i < g.I && inverse > 0 ? x[i] * inverse : 0.0f;
-        bytes[i / 4 * R * 4 + i % 4] = static_cast<uint8_t>(static_cast<int>(scaled + 128.5f));
+      const float inverse = t < g.T && most > 0 && most <= 3.4e38f ? 127 / most : 0.0f;
+      for (int64_t i = 0; i < g.I; i += kBlock) {
+        const int64_t count = g.I - i < kBlock ? g.I - i : kBlock;
+        uint8_t block[kBlock];
+        if (inverse > 0 && count == kBlock) {
+          for (int64_t j = 0; j < kBlock; ++j)
+            block[j] = static_cast<uint8_t>(static_cast<int32_t>(x[i + j] * inverse + 128.5f));
+        } else {
+          for (int64_t j = 0; j < kBlock; ++j) block[j] = 128;
+          if (inverse > 0)
+            for (int64_t j = 0; j < count; ++j)
+              block[j] = static_cast<uint8_t>(static_cast<int32_t>(x[i + j] * inverse + 128.5f));
+        }
+        for (int64_t j = 0; j < count; j += 4, bytes += 4 * R) std::memcpy(bytes, block + j, 4);
       }
     }
 }
