@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dfn_kernels import low_rank_route, pattern_route
+from dfn_kernels import BlockDensity, low_rank_route, pattern_route
+from dfn_kernels.pattern_route import route as route_some_blocks
 
 from .flow_metrics import FlowMetrics, NetworkMetrics
-from .vocabulary_loss import vocabulary_loss
+from .flow_quantized import quantized_router
+from .vocabulary_loss import vocabulary_logits, vocabulary_loss
 
 __all__ = [
     "AdaptiveFlowRouter",
@@ -37,16 +39,22 @@ class AdaptiveFlowRouter(nn.Module):
         num_patterns: P.
         rank: r; patterns ``P_p = up_p down_p`` with ``up [P, O, r]`` and ``down [P, r, I]``. Full rank without it.
         top_k, density: sparsity as in `dfn_kernels.pattern_route` (full-rank patterns only).
+        block_density: the share of each pattern's blocks that counts, as in `dfn_kernels.BlockDensity` (full-rank
+            patterns only, not together with density). `set_density` chooses the blocks anew.
 
     `forward(x)` returns the mixed matrices ``[.., O, I]`` and metrics, as published, for looking at; `route(x)` returns
     ``y [.., O]`` and metrics without building them.
     """
 
-    def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
-                 top_k: int | None = None, density: float | None = None):  # fmt: skip
+    def __init__(
+        self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
+        top_k: int | None = None, density: float | None = None, block_density: float | None = None,
+    ):  # fmt: skip
         super().__init__()
-        if rank is not None and (top_k is not None or density is not None):
+        if rank is not None and not (top_k is None and density is None and block_density is None):
             raise ValueError("AdaptiveFlowRouter: top_k and density need full-rank patterns, got rank as well")
+        if density is not None and block_density is not None:
+            raise ValueError("AdaptiveFlowRouter: density and block_density exclude each other, got both")
         self.input_dim, self.output_dim, self.num_patterns = input_dim, output_dim, num_patterns
         self.rank, self.top_k, self.density = rank, top_k, density
         self.pattern_selector = nn.Linear(input_dim, num_patterns)
@@ -56,7 +64,12 @@ class AdaptiveFlowRouter(nn.Module):
         else:
             self.down = nn.Linear(input_dim, num_patterns * rank, bias=False)
             self.up = nn.Linear(num_patterns * rank, output_dim, bias=False)
+        self.int8: nn.Module | None = None  # takes the place of all of them after quantize_dynamic
+        self.register_buffer("blocks", None)  # [P, ceil(O / 128), ceil(I / 64)] bool: those that count
+        self.register_buffer("block_share", None)
         self.reset_parameters()
+        if block_density is not None:
+            self.set_density(block_density, blocks=True)
 
     def reset_parameters(self) -> None:
         """Patterns so that the mixture at the start, of P nearly equal weights, keeps the variance of x."""
@@ -69,25 +82,35 @@ class AdaptiveFlowRouter(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """up ``[P, O, r]`` and down ``[P, r, I]`` of low-rank patterns, views of the parameters."""
+        if self.int8 is not None:
+            return self.int8.factors()
         up = self.up.weight.view(self.output_dim, self.num_patterns, self.rank).transpose(0, 1)
         return up, self.down.weight.view(self.num_patterns, self.rank, self.input_dim)
 
     @property
     def patterns(self) -> Tensor:
         """``[P, O, I]``: a view of the parameters; multiplied out for low-rank patterns."""
-        if self.rank is None:
-            return self.bank.weight.view(self.num_patterns, self.output_dim, self.input_dim)
-        up, down = self.factors()
-        return up @ down
+        if self.rank is not None:
+            up, down = self.factors()
+            return up @ down
+        if self.int8 is not None:
+            return self.int8.bank.dequantize()
+        return self.bank.weight.view(self.num_patterns, self.output_dim, self.input_dim)
 
-    @property
-    def quantized(self) -> bool:
-        """Whether quantize_dynamic has replaced the linear layers that hold the patterns."""
-        return not isinstance(self.bank if self.rank is None else self.up, nn.Linear)
+    def set_density(self, density: float | None, *, blocks: bool = False) -> None:
+        """The share of connections that counts from now on, token by token or by `blocks`, chosen now; None for all."""
+        if self.rank is not None and density is not None:
+            raise ValueError(f"AdaptiveFlowRouter: density needs full-rank patterns, got rank {self.rank}")
+        self.density = None if blocks else density
+        self.blocks = self.block_share = None
+        if blocks and density is not None:
+            chosen = BlockDensity(self.patterns.detach(), density)
+            self.blocks = chosen.blocks
+            self.block_share = torch.full((), chosen.share, device=chosen.blocks.device)
 
     def weights(self, x: Tensor) -> Tensor:
         """``[.., I] -> [.., P]``, in float32 under autocast."""
-        return self.pattern_selector(x).float().softmax(-1)
+        return self.int8(x)[1] if self.int8 is not None else self.pattern_selector(x).float().softmax(-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
         w = self.weights(x)
@@ -95,46 +118,67 @@ class AdaptiveFlowRouter(nn.Module):
         return torch.einsum("...p,poi->...oi", w.to(patterns.dtype), patterns), FlowMetrics.of(w)
 
     def route(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, FlowMetrics]:
+        if self.int8 is not None:
+            if self.density is not None:
+                raise RuntimeError("AdaptiveFlowRouter: density is not available with quantised patterns")
+            y, w = self.int8(x, bias)
+            share = 1.0 if self.top_k is None else self.top_k / self.num_patterns
+            return y, FlowMetrics.of(w, share * (w.new_ones(()) if self.block_share is None else self.block_share))
         w = self.weights(x)
-        if self.quantized:
-            return self._route_quantized(x, w, bias), FlowMetrics.of(w)
         if self.rank is not None:
             return low_rank_route(x, w, *self.factors(), bias), FlowMetrics.of(w)
+        if self.blocks is not None:
+            return self._route_blocks(x, w, bias)
+        if self.top_k is None and self.density is None:
+            return pattern_route(x, w, self.patterns, bias), FlowMetrics.of(w)
         sparse = dict(top_k=self.top_k, density=self.density, return_share=True)
         y, active = pattern_route(x, w, self.patterns, bias, **sparse)
         return y, FlowMetrics.of(w, active)
 
-    def _route_quantized(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with int8 patterns, for inference, in slices of tokens: [T, P, O] never exists as a whole."""
-        if self.density is not None:
-            raise RuntimeError("AdaptiveFlowRouter: density is not available with quantised patterns")
-        if self.top_k is not None:
-            w = w.where(w >= w.topk(self.top_k, -1).values[..., -1:], 0)
-        lead, P = x.shape[:-1], self.num_patterns
-        parts = []
-        for tokens, weights in zip(x.reshape(-1, self.input_dim).split(64), w.reshape(-1, P).split(64), strict=True):
-            if self.rank is None:
-                products = self.bank(tokens).view(-1, P, self.output_dim)
-                parts.append(torch.bmm(weights.unsqueeze(1), products).squeeze(1))
-            else:
-                inner = self.down(tokens).view(-1, P, self.rank) * weights.unsqueeze(-1)
-                parts.append(self.up(inner.flatten(1)))
-        y = torch.cat(parts) if parts else x.new_empty(0, self.output_dim)
-        return (y if bias is None else y + bias).view(*lead, self.output_dim)
+    def _route_blocks(self, x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, FlowMetrics]:
+        sparse = (self.blocks, self.block_share)
+        y, active = route_some_blocks(x, w, self.patterns, bias, self.top_k, None, None, True, *sparse)
+        return y, FlowMetrics.of(w, active)
+
+    # torch's quantize_dynamic gives every module a qconfig, swaps the linear layers, and then deletes the qconfig of
+    # every module, children first. That is where the int8 values are repacked for our kernels: the page's call is
+    # enough, and the values are held once.
+    @property
+    def qconfig(self) -> object:
+        if "_qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self._qconfig
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        self._qconfig = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["_qconfig"]
+        if self.int8 is None:
+            self.int8 = quantized_router(self)
+        if self.int8 is not None:
+            for name in ("pattern_selector", "bank", "down", "up"):
+                self._modules.pop(name, None)
 
     def extra_repr(self) -> str:
         options = {"rank": self.rank, "top_k": self.top_k, "density": self.density}
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+        if self.block_share is not None:
+            given += f", share of blocks {self.block_share:.3f}"
         return f"{self.input_dim}, {self.output_dim}, num_patterns={self.num_patterns}{given}"
 
 
 class FlowLayer(nn.Module):
-    """``y = LayerNorm(F(x) x + b)``, F mixed by an `AdaptiveFlowRouter`. ``(x [.., I]) -> (y [.., O], metrics)``."""
+    """``y = LayerNorm(F(x) x + b)``, F mixed by an `AdaptiveFlowRouter`. ``(x [.., I]) -> (y [.., O], metrics)``.
 
-    def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, *, rank: int | None = None,
-                 top_k: int | None = None, density: float | None = None):  # fmt: skip
+    Options: rank, top_k, density and block_density of `AdaptiveFlowRouter`.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_patterns: int = 8, **options):
         super().__init__()
-        self.router = AdaptiveFlowRouter(input_dim, output_dim, num_patterns, rank=rank, top_k=top_k, density=density)
+        self.router = AdaptiveFlowRouter(input_dim, output_dim, num_patterns, **options)
         self.bias = nn.Parameter(torch.zeros(output_dim))
         self.norm = nn.LayerNorm(output_dim)
 
@@ -169,7 +213,7 @@ class FlowNetwork(nn.Module):
         vocab_size: V.
         d_model, num_layers, num_patterns: sizes. 10000, 512, 6, 8 is the published full-rank network, 62.9M parameters.
         max_seq_len: the longest N.
-        rank, top_k, density: of the patterns, see `AdaptiveFlowRouter`.
+        rank, top_k, density, block_density: of the patterns, see `AdaptiveFlowRouter`.
         tie_output: see above.
         mixer: "none" or "flow_attention".
     """
@@ -177,14 +221,14 @@ class FlowNetwork(nn.Module):
     def __init__(
         self, vocab_size: int, d_model: int = 512, num_layers: int = 6, num_patterns: int = 8, *,
         max_seq_len: int = 1024, rank: int | None = None, tie_output: bool = False, top_k: int | None = None,
-        density: float | None = None, mixer: str = "none",
+        density: float | None = None, block_density: float | None = None, mixer: str = "none",
     ):  # fmt: skip
         super().__init__()
         if mixer not in ("none", "flow_attention"):
             raise ValueError(f"FlowNetwork: mixer must be 'none' or 'flow_attention', got {mixer!r}")
         if d_model % 2:
             raise ValueError(f"FlowNetwork: d_model must be even, got {d_model}")
-        sparse = dict(rank=rank, top_k=top_k, density=density)
+        sparse = dict(rank=rank, top_k=top_k, density=density, block_density=block_density)
         self.tie_output, self.max_seq_len = tie_output, max_seq_len
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_output else 1.0)
@@ -209,7 +253,7 @@ class FlowNetwork(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
         h, metrics = self._states(ids)
-        return (h @ self.embedding.weight.T.to(h.dtype) if self.tie_output else h), metrics
+        return (vocabulary_logits(h, self.embedding.weight) if self.tie_output else h), metrics
 
     def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, NetworkMetrics]:
         """Mean cross-entropy of the logits in nats, float32, and metrics; targets int64 ``[B, N]``.
@@ -247,11 +291,15 @@ class FlowNetwork(nn.Module):
         metrics.append(last)
         return h, metrics
 
-    def set_density(self, density: float | None) -> None:
-        """The share of connections that every full-rank router keeps from now on; None keeps all."""
+    def set_density(self, density: float | None, *, blocks: bool = False) -> None:
+        """The share of connections that counts from now on in every layer; None for all. Full-rank patterns only.
+
+        Of each token's mixed connections, those of the largest magnitude (exact, and slower than all of them); with
+        `blocks` of each pattern's blocks, those of the largest norm now (and faster). Call it again to choose anew.
+        """
         for module in self.modules():
-            if isinstance(module, AdaptiveFlowRouter) and module.rank is None:
-                module.density = density
+            if isinstance(module, AdaptiveFlowRouter):
+                module.set_density(density, blocks=blocks)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

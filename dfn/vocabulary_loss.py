@@ -1,11 +1,27 @@
-"""Cross-entropy behind a projection to a vocabulary, without ever holding the logits of all tokens."""
+"""Projection to a vocabulary: the logits, and their cross-entropy without ever holding the logits of all tokens."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["vocabulary_loss"]
+from dfn_kernels import _native
 
 ENTRIES = 2**24  # logits that exist at a time: 64 MB in float32
+
+
+def vocabulary_logits(states: Tensor, table: Tensor) -> Tensor:
+    """``states [.., d] @ table [V, d] .T -> [.., V]``, in the dtype of states.
+
+    The first touch of so large an output, page by page, costs up to a tenth of the product. Where no gradient is wanted
+    it is allocated here, with a hint for huge pages.
+    """
+    columns = table.T.to(states.dtype)
+    eager = not torch.compiler.is_compiling() and type(states) is Tensor
+    if torch.is_grad_enabled() or states.device.type != "cpu" or _native.CPU_MISSING is not None or not eager:
+        return states @ columns
+    rows = states.reshape(-1, states.shape[-1])
+    out = rows.new_empty(rows.shape[0], table.shape[0])
+    torch.ops.dfn_cpu.prefer_huge_pages(out)
+    return torch.mm(rows, columns, out=out).view(*states.shape[:-1], table.shape[0])
 
 
 def vocabulary_loss(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:

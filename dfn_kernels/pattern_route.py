@@ -268,7 +268,7 @@ def route(x, weights, patterns, bias, top_k, density, out_dtype, return_share, b
     if top_k is not None and top_k < P:
         chosen = largest(weights.detach(), top_k)
         weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
-        share *= top_k / P
+        share = share * (top_k / P)
     if density is not None and density < 1:
         y, share = route_with_density(x, weights, patterns, bias, density)
     else:

@@ -1,7 +1,7 @@
 """Pattern routing with int8 patterns, for inference on the CPU. Top to bottom: schema, fake, public."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _native
 from ._checks import is_float_tensor
@@ -30,22 +30,25 @@ def _(x, weights, packed, scales, sums, bias):
     return x.new_empty(x.shape[0], scales.shape[1])
 
 
-class QuantizedPatterns:
+class QuantizedPatterns(nn.Module):
     """What `quantize_patterns` returns; call it like `pattern_route`: ``(x, weights, bias=None) -> y``.
 
     ``y[t] = sum(w[t, p] * s_x[t] * s[p] * (Q[p] @ q[t]) for p in range(P)) + bias``: q is x[t] divided by its own scale
     s_x and rounded to int8, sums are exact in int32. Inference only: nothing gets a gradient.
+
+    A module of buffers: it can be part of a model, moved, saved and loaded.
     """
 
-    def __init__(self, values: Tensor, scales: Tensor):
+    def __init__(self, values: Tensor, scales: Tensor):  # int8 [P, O, I], float32 [P, O]
+        super().__init__()
         P, O, I = values.shape
         self.shape = values.shape
-        self.scales = scales
-        self.sums = values.sum(2, dtype=torch.int32)
         strips, quads = -(-O // STRIP), -(-I // 4)
         padded = values.new_zeros(P, strips * STRIP, quads * 4)
         padded[:, :O, :I] = values
-        self.packed = padded.view(P, strips, STRIP, quads, 4).transpose(2, 3).contiguous()
+        self.register_buffer("packed", padded.view(P, strips, STRIP, quads, 4).transpose(2, 3).contiguous())
+        self.register_buffer("scales", scales)
+        self.register_buffer("sums", values.sum(2, dtype=torch.int32))
 
     def dequantize(self) -> Tensor:
         """[P, O, I] float32: the patterns as they are used."""
@@ -54,7 +57,7 @@ class QuantizedPatterns:
         return values * self.scales.unsqueeze(2)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         P, O, I = self.shape
         check_tokens("QuantizedPatterns", x, weights, bias, P, O, I)
         if x.device != self.scales.device:
@@ -66,6 +69,9 @@ class QuantizedPatterns:
         else:
             y = reference(tokens, mixture, self.dequantize(), bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], O)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{letter}={size}" for letter, size in zip("POI", self.shape, strict=True))
 
 
 @torch.no_grad()
@@ -89,10 +95,15 @@ def quantize_patterns(patterns: Tensor) -> QuantizedPatterns:
         raise ValueError(f"{OP}: patterns must have shape [P, O, I], got {list(patterns.shape)}")
     if patterns.shape[2] > 65536:
         raise ValueError(f"{OP}: patterns must have at most 65536 columns, got {patterns.shape[2]}")
-    patterns = patterns.float()
     if not patterns.isfinite().all():
         raise ValueError(f"{OP}: patterns must be finite")
-    largest = patterns.abs().amax(2) if patterns.shape[2] else patterns.sum(2)
+    return QuantizedPatterns(*int8_rows(patterns))
+
+
+def int8_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values ``[.., I]`` and the float32 scale of each row, ``[..]``: the largest magnitude becomes 127."""
+    matrix = matrix.float()
+    largest = matrix.abs().amax(-1) if matrix.shape[-1] else matrix.sum(-1)
     scales = largest / 127
-    values = (patterns / scales.where(scales > 0, 1).unsqueeze(2)).round().clamp(-127, 127).to(torch.int8)
-    return QuantizedPatterns(values, scales)
+    values = (matrix / scales.where(scales > 0, 1).unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return values, scales

@@ -7,8 +7,9 @@ from helpers import INTERPRETED
 from torch import nn
 
 import dfn_kernels
-from dfn.flownetwork import AdaptiveFlowRouter, FlowLayer, FlowMetrics, FlowNetwork
-from flownetwork import benchmark_flow_network, create_dummy_data, train_flow_network
+from dfn.flow_metrics import FlowMetrics
+from dfn.flownetwork import AdaptiveFlowRouter, FlowLayer, FlowNetwork
+from dfn_kernels.pattern_route import spread_blocks
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="models are tested on compiled kernels")
 
@@ -69,13 +70,15 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(rank=2, tie_output=True), dict(top_k=2), dict(density=0.1), dict(mixer="flow_attention")]
-)
+    "options",
+    [dict(), dict(rank=2, tie_output=True), dict(top_k=2), dict(density=0.1), dict(mixer="flow_attention"),
+     dict(num_layers=12)],
+)  # fmt: skip
 def test_network(options):
     model = small(**options)
     ids = torch.randint(37, (2, 13))
     logits, metrics = model(ids)
-    assert logits.shape == (2, 13, 37) and len(metrics) == 5
+    assert logits.shape == (2, 13, 37) and len(metrics) == 2 + options.get("num_layers", 3)
     summary = metrics.summary()
     assert 0 < summary["entropy"] <= math.log2(5) + 1e-6 and 0 < summary["gate"] < 1
     if options.get("top_k"):
@@ -104,22 +107,18 @@ def test_causal_to_the_bit(mixer):
     assert moved[4:].any() == (mixer == "flow_attention"), "as published, nothing crosses positions"
 
 
-def test_training_and_benchmark(capsys):
-    data = create_dummy_data(37, 13, 4, 3)
-    assert len(data) == 3 and data[0][0].shape == (4, 13) and data[0][0].dtype == torch.int64
-    assert torch.equal(data[0][0][:, 1:], data[0][1][:, :-1])
-    model = small()
-    history = train_flow_network(model, data, num_epochs=8, progress=False)
-    assert set(history) == {"loss", "pattern_entropy", "tokens_per_second"} and len(history["loss"]) == 8
-    assert history["loss"][-1] < history["loss"][0] and min(history["tokens_per_second"]) > 0
-    with torch.no_grad():
-        model.gate.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the loss is nan in epoch 1, batch 1"):
-        train_flow_network(model, data, num_epochs=1, progress=False)
-
-    results = benchmark_flow_network(vocab_size=37, d_model=16, num_layers=2, batch_size=2, seq_len=7, lengths=(5, 9))
-    assert results["flow_network"]["inference tokens/s"] > 0 and results["transformer"]["parameters"] > 0
-    assert "page (claim)" in capsys.readouterr().out
+@pytest.mark.parametrize("options", [dict(), dict(rank=2, tie_output=True)])
+def test_loss_is_cross_entropy_of_the_logits(options):
+    model = small(**options).double()
+    ids, targets = torch.randint(37, (2, 2, 13))
+    loss, metrics = model.loss(ids, targets)
+    want = nn.functional.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    with torch.no_grad():  # logits come another way then
+        torch.testing.assert_close(model(ids)[0], model.requires_grad_()(ids)[0])
+    grads = [torch.autograd.grad(x, list(model.parameters())) for x in (model.loss(ids, targets)[0].double(), want)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_bfloat16_autocast_and_compile():
@@ -131,6 +130,96 @@ def test_bfloat16_autocast_and_compile():
     assert (half.float() - full).norm() / full.norm() < 0.05
     compiled = torch.compile(lambda x: model(x)[0], fullgraph=True)
     torch.testing.assert_close(compiled(ids), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rank=2, tie_output=True), dict(block_density=0.5)])
+def test_export(options, tmp_path):
+    model, ids = small(**options).eval(), torch.randint(37, (2, 13))
+    exported = torch.export.export(model, (ids,), dynamic_shapes={"ids": {0: torch.export.Dim("B", min=2, max=64)}})
+    torch.export.save(exported, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    ids = torch.randint(37, (3, 13))
+    for ours, want in zip(again(ids), model(ids), strict=True):
+        if isinstance(want, torch.Tensor):
+            torch.testing.assert_close(ours, want)
+        else:
+            assert ours.summary() == pytest.approx(want.summary())
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rank=2, tie_output=True), dict(block_density=0.1, d_model=192)])
+def test_safetensors(options, tmp_path):
+    from safetensors.torch import load_file, load_model, save_file, save_model
+
+    model, ids = small(**options), torch.randint(37, (2, 13))
+    save_model(model, tmp_path / "a.safetensors")
+    save_file(model.state_dict(), tmp_path / "b.safetensors")  # a tied output is no second tensor
+    twins = [small(**options) for _ in range(2)]
+    load_model(twins[0], tmp_path / "a.safetensors")
+    twins[1].load_state_dict(load_file(tmp_path / "b.safetensors"))
+    for twin in twins:
+        assert torch.equal(twin(ids)[0], model(ids)[0])
+        assert twin(ids)[1].summary() == model(ids)[1].summary()
+
+
+# ---- ten per cent of the connections --------------------------------------------------------------------------------
+def mixed_share(router: AdaptiveFlowRouter, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The share of the mixed entries that y can be explained with: those of the largest magnitude, token by token."""
+    matrix = router(x)[0].double().flatten(1)
+    order = matrix.abs().argsort(1, descending=True)
+    shares = []
+    for t in range(len(x)):
+        mask = torch.zeros_like(matrix[t])
+        best = None
+        for keep in torch.arange(0.05, 0.151, 0.0025).mul(matrix.shape[1]).long().tolist():
+            mask[order[t, :keep]] = 1
+            sparse = (matrix[t] * mask).view(router.output_dim, -1) @ x[t].double()
+            error = (sparse - y[t]).norm().item()
+            best = min(best or (error, keep), (error, keep))
+        shares.append(best[1] / matrix.shape[1])
+    return sum(shares) / len(shares)
+
+
+def test_a_tenth_of_each_tokens_connections():
+    router = AdaptiveFlowRouter(160, 220, 3, density=0.1)  # more entries than the threshold is calibrated on
+    x = torch.randn(5, 160)
+    y, metrics = router.route(x)
+    assert metrics.active.item() == pytest.approx(0.1, abs=0.01)
+    assert mixed_share(router, x, y) == pytest.approx(0.1, abs=0.01)
+    _, metrics = small(density=0.1, d_model=64)(torch.randint(37, (2, 13)))
+    assert all(layer.active.item() == pytest.approx(0.1, abs=0.01) for layer in metrics)
+
+
+def test_a_tenth_of_the_blocks():
+    layer = FlowLayer(640, 640, 2, block_density=0.1)
+    router, x = layer.router, torch.randn(3, 640)
+    y, metrics = layer(x)
+    mask = spread_blocks(router.blocks, router.patterns)
+    assert metrics.active.item() == pytest.approx(0.1) and mask.double().mean().item() == pytest.approx(0.1)
+    layer(x)[0].pow(3).sum().backward()
+    grad = router.bank.weight.grad.view_as(mask)
+    assert grad[~mask].eq(0).all() and grad[mask].ne(0).all()
+    with torch.no_grad():
+        router.bank.weight[~mask.flatten(0, 1)] = float("nan")  # what does not count is not even read
+        assert torch.equal(layer(x)[0], y)
+    router.set_density(None)
+    assert router.blocks is None and layer(x)[1].active == 1
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_set_density(blocks):
+    model, ids = small(d_model=192), torch.randint(37, (2, 5))
+    dense = model(ids)[0]
+    model.set_density(0.25, blocks=blocks)
+    logits, metrics = model(ids)
+    assert not torch.equal(logits, dense) and metrics.summary()["active"] < 0.7
+    model.set_density(1.0, blocks=blocks)
+    torch.testing.assert_close(model(ids)[0], dense)
+    model.set_density(None)
+    assert torch.equal(model(ids)[0], dense)
+    with pytest.raises(ValueError, match="density needs full-rank patterns, got rank 2"):
+        small(rank=2).set_density(0.1, blocks=blocks)
+    with pytest.raises(ValueError, match="density and block_density exclude each other"):
+        small(density=0.1, block_density=0.1)
 
 
 def test_bad_input():
@@ -149,41 +238,6 @@ def test_backend_choice_reaches_the_model():
     with dfn_kernels.use_backend("reference"):
         want = model(ids)[0]
     torch.testing.assert_close(model(ids)[0], want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("options", [dict(), dict(rank=3, tie_output=True)])
-def test_the_pages_quantize_dynamic_reaches_the_patterns(options):
-    import io
-
-    import torch.quantization as quant
-
-    model = small(vocab_size=41, d_model=64, **options).eval()
-    quantised = quant.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert all(layer.router.quantized and not layer_before.router.quantized
-               for layer, layer_before in zip(quantised.layers, model.layers, strict=True))  # fmt: skip
-    ids = torch.randint(41, (2, 19))
-    with torch.inference_mode():
-        exact, near = model(ids)[0], quantised(ids)[0]
-    assert (near - exact).norm() / exact.norm() < 0.1
-
-    def size(module):
-        buffer = io.BytesIO()
-        torch.save(module.state_dict(), buffer)
-        return buffer.tell()
-
-    wide = FlowLayer(256, 256, 8)
-    assert size(wide) / size(quant.quantize_dynamic(wide, {nn.Linear}, dtype=torch.qint8)) > 3.9
-
-
-def test_density_falls_during_training():
-    model, seen = small(), []
-    model.layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.router.density))
-    train_flow_network(model, create_dummy_data(37, 7, 2, 4), num_epochs=2, final_density=0.1, progress=False)
-    assert seen == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1, 0.1])
-    assert model.layers[0].router.density == pytest.approx(0.1)
-    _, metrics = model(torch.randint(37, (2, 13)))
-    assert metrics.summary()["active"] < 0.3
 
 
 def test_plot(tmp_path):
