@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .flow_layers import FlowLayer
+from .flow_model import PRESETS, FlowNetwork
 from .flow_training import create_dummy_data, token_loss, train_flow_network
-from .flownetwork import PRESETS, FlowLayer, FlowNetwork
 
 # What the published page says of its own network. It does not name the machine, so the columns cannot be compared as
 # implementations; they stand side by side so that nobody has to guess which is which.
@@ -24,6 +25,7 @@ PAGE = {
 }  # fmt: skip
 
 NAIVE_BYTES = 2**30  # of per-token matrices at a time
+SECONDS = 1.0  # about so long one figure is measured
 
 
 class NaiveFlowLayer(nn.Module):
@@ -88,11 +90,11 @@ def build(kind: str, arguments: dict) -> nn.Module:
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
-def _seconds(run, budget: float) -> float:
+def _seconds(run) -> float:
     """Median time of single runs after a warm-up."""
     run()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < budget:
+    while len(times) < 3 or sum(times) < SECONDS:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
@@ -145,12 +147,12 @@ def _peak_elsewhere(*arguments) -> float | None:
     return float(answer[-1]) if done.returncode == 0 and answer and answer[-1] != "None" else None
 
 
-def _forward_speed(model: nn.Module, ids: Tensor, dtype: torch.dtype | None = None, budget: float = 1.0) -> float:
+def _forward_seconds(model: nn.Module, ids: Tensor, dtype: torch.dtype | None = None) -> float:
     def run() -> None:
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
             model(ids)
 
-    return _seconds(run, budget)
+    return _seconds(run)
 
 
 def _column(kind: str, arguments: dict, batch_size: int, seq_len: int, dtype: torch.dtype | None) -> dict[str, float]:
@@ -160,16 +162,16 @@ def _column(kind: str, arguments: dict, batch_size: int, seq_len: int, dtype: to
         batch_size, seq_len = max(1, min(batch_size, fitting // seq_len)), min(seq_len, fitting)
     data = create_dummy_data(arguments["vocab_size"], seq_len, batch_size, 1)[0]
     tokens = data[0].numel()
-    forward = _forward_speed(model, data[0])
+    forward = _forward_seconds(model, data[0])
     column = {"tokens at a time": tokens, "inference ms": forward * 1e3, "inference tokens/s": tokens / forward}
     if dtype is not None and kind != "naive":  # its float32 matrices are what it is about
-        column["inference tokens/s, autocast"] = tokens / _forward_speed(model, data[0], dtype)
+        column["inference tokens/s, autocast"] = tokens / _forward_seconds(model, data[0], dtype)
     if kind == "flow_network":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch points to torchao; the page's call is this one
             small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-        column["inference tokens/s, int8"] = tokens / _forward_speed(small, data[0])
-    column["training tokens/s"] = tokens / _seconds(_stepper(model, data, dtype), 1.0)
+        column["inference tokens/s, int8"] = tokens / _forward_seconds(small, data[0])
+    column["training tokens/s"] = tokens / _seconds(_stepper(model, data, dtype))
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     peak = _peak_elsewhere(kind, arguments, batch_size, seq_len, name)
     if peak is not None:
@@ -223,7 +225,7 @@ def benchmark_flow_network(
         for length in lengths:
             begin(f"length {length}")
             ids = create_dummy_data(arguments["vocab_size"], length, 1, 1)[0][0]
-            results["milliseconds_per_length"][length] = 1e3 * _forward_speed(model, ids, budget=0.5)
+            results["milliseconds_per_length"][length] = 1e3 * _forward_seconds(model, ids)
         begin("loading")
         results["load_seconds"] = _load_seconds(model, arguments)
         begin("noise")
@@ -245,7 +247,7 @@ def _load_seconds(model: FlowNetwork, arguments: dict) -> float:
         saved.seek(0)
         build("flow_network", arguments).load_state_dict(torch.load(saved, weights_only=True))
 
-    return _seconds(load, 0.1)
+    return _seconds(load)
 
 
 # ---- showing --------------------------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import has_shape, is_float_tensor
-from .quantized_route import QuantizedPatterns
+from .quantized_route import QuantizedPatterns, is_eager
 
 OP = "QuantizedLowRank"
 
 
 @torch.library.custom_op("dfn::quantized_low_rank", mutates_args=())
 def _op(
-    x: Tensor,  # [T, I] float32
+    x: Tensor,  # [T, I] float32, contiguous like all of them
     down: Tensor,  # the packed rows of down, [P * r, I], and then of the selector, [P, I]
     down_scales: Tensor,
     down_sums: Tensor,
@@ -24,10 +24,8 @@ def _op(
     up_sums: Tensor,
     bias: Tensor | None,  # [O] float32
 ) -> tuple[Tensor, Tensor]:  # [T, O] and the weights [T, P], float32
-    return torch.ops.dfn_cpu.quantized_low_rank(
-        x.contiguous(), down, down_scales, down_sums, selector_bias, up, up_scales, up_sums,
-        None if bias is None else bias.contiguous(),
-    )  # fmt: skip
+    packed = (down, down_scales, down_sums, selector_bias, up, up_scales, up_sums)
+    return torch.ops.dfn_cpu.quantized_low_rank(x, *packed, bias)
 
 
 @_op.register_fake
@@ -69,12 +67,12 @@ class QuantizedLowRank(nn.Module):
         is_float_tensor(OP, "x", x)
         P, O, I = self.selector_bias.shape[0], self.up.shape[1], self.down.shape[2]
         has_shape(OP, "x", x, (*x.shape[:-1], I), "[..., I]")
-        tokens = x.reshape(math.prod(x.shape[:-1]), I).float()
-        bias = None if bias is None else bias.float()
+        tokens = x.reshape(math.prod(x.shape[:-1]), I).float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
         if _native.CPU_MISSING is None and x.device.type == "cpu":
             down, up = self.down, self.up
-            y, w = _op(tokens, down.packed, down.scales, down.sums, self.selector_bias, up.packed, up.scales, up.sums,
-                       bias)  # fmt: skip
+            packed = (down.packed, down.scales, down.sums, self.selector_bias, up.packed, up.scales, up.sums)
+            y, w = (torch.ops.dfn_cpu.quantized_low_rank if is_eager(x) else _op)(tokens, *packed, bias)
         else:
             inner, logits = (tokens @ self.down.dequantize()[0].T).split((self.up.shape[2], P), 1)
             w = (logits + self.selector_bias).softmax(1)

@@ -14,20 +14,24 @@ STRIP = 32  # rows of a pattern that are packed together
 
 @torch.library.custom_op("dfn::quantized_route", mutates_args=())
 def _op(
-    x: Tensor,  # [T, I] float32
+    x: Tensor,  # [T, I] float32, contiguous like all of them
     weights: Tensor,  # [T, P] float32
     packed: Tensor,  # [P, ceil(O / 32), ceil(I / 4), 32, 4] int8
     scales: Tensor,  # [P, O] float32
     sums: Tensor,  # [P, O] int32: of the rows of int8 values
     bias: Tensor | None,  # [O] float32
 ) -> Tensor:  # [T, O] float32
-    dense = (tensor.contiguous() for tensor in (x, weights, packed, scales, sums))
-    return torch.ops.dfn_cpu.quantized_route(*dense, None if bias is None else bias.contiguous())
+    return torch.ops.dfn_cpu.quantized_route(x, weights, packed, scales, sums, bias)
 
 
 @_op.register_fake
 def _(x, weights, packed, scales, sums, bias):
     return x.new_empty(x.shape[0], scales.shape[1])
+
+
+def is_eager(x: Tensor) -> bool:
+    """Nothing is traced, so the kernel can be called without torch.library's 30 us: of weight for single tokens."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 class QuantizedPatterns(nn.Module):
@@ -63,9 +67,11 @@ class QuantizedPatterns(nn.Module):
         if x.device != self.scales.device:
             raise ValueError(f"QuantizedPatterns: x must be on {self.scales.device}, got {x.device}")
         tokens, mixture = per_token(x, weights, torch.float32)
-        tokens, bias = tokens.float(), None if bias is None else bias.float()
+        tokens, mixture = tokens.float().contiguous(), mixture.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
         if _native.CPU_MISSING is None and x.device.type == "cpu":
-            y = _op(tokens, mixture, self.packed, self.scales, self.sums, bias)
+            run = torch.ops.dfn_cpu.quantized_route if is_eager(x) else _op
+            y = run(tokens, mixture, self.packed, self.scales, self.sums, bias)
         else:
             y = reference(tokens, mixture, self.dequantize(), bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], O)
