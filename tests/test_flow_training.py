@@ -7,7 +7,7 @@ from torch import nn
 
 from dfn import flow_benchmark
 from dfn.flownetwork import PRESETS
-from flownetwork import FlowNetwork, benchmark_flow_network, create_dummy_data, train_flow_network
+from flownetwork import FlowNetwork, create_dummy_data, train_flow_network
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="models are tested on compiled kernels")
 
