@@ -70,11 +70,10 @@ def train_once(preset: str, seed: int, dtype: torch.dtype | None, train: list, h
         return value, metrics
 
     model.loss = recorded
-    history = train_flow_network(model, train, 1, autocast_dtype=dtype)
+    train_flow_network(model, train, 1, autocast_dtype=dtype)
     del model.loss
     curve = [statistics.fmean(losses[i : i + WINDOW]) for i in range(0, len(losses) - WINDOW + 1, WINDOW)]
-    return model, {"tokens/s": history["tokens_per_second"][0], "curve": curve,
-                   "held-out loss": held_out_loss(model, held)}  # fmt: skip
+    return model, {"curve": curve, "held-out loss": held_out_loss(model, held)}
 
 
 def quantized_loss(model: FlowNetwork, held: list) -> float:
@@ -116,12 +115,12 @@ def write(facts: dict, path: Path) -> None:
         f"Preset {facts['preset']}, one epoch of {facts['tokens']:,} words of the Python standard library's sources, "
         f"batches of {BATCH} x {LENGTH}. Losses in nats per word; the held-out words' unigram entropy is "
         f"{facts['unigram entropy']:.3f}.", "",
-        "| dtype | seed | last training loss | held-out loss | the same in int8 | tokens/s |", "|---" * 6 + "|",
+        "| dtype | seed | last training loss | held-out loss | the same in int8 |", "|---" * 5 + "|",
     ]  # fmt: skip
     for r in facts["rows"]:
         small = r.get("held-out loss, int8")
         lines.append(f"| {r['dtype']} | {r['seed']} | {r['curve'][-1]:.3f} | {r['held-out loss']:.3f} | "
-                     f"{'' if small is None else format(small, '.3f')} | {r['tokens/s']:.0f} |")  # fmt: skip
+                     f"{'' if small is None else format(small, '.3f')} |")  # fmt: skip
     lines += ["", *(f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}"
                     for name, value in facts["verdict"].items())]  # fmt: skip
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
