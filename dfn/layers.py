@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 
@@ -125,14 +126,14 @@ class EntityPositions(nn.Module):
         nn.init.zeros_(self.place.bias)
         self.log_scale = nn.Parameter(scales[self.semantic :].log())  # [temporal heads]
 
-    def forward(self, states: Tensor, start: int = 0) -> Tensor:
-        """``start`` is the number of the first entity."""
+    def forward(self, states: Tensor, start: int | Tensor = 0) -> Tensor:
+        """``start``, a number or a tensor of one, is the number of the first entity."""
         B, N, _ = states.shape
         with torch.autocast(states.device.type, enabled=False):  # positions keep full precision
-            places = self.place(states.to(self.place.weight.dtype))
+            real = torch.promote_types(self.place.weight.dtype, torch.float32)
+            places = linear(states.to(real), self.place.weight.to(real), self.place.bias.to(real))
         places = places.view(B, N, self.heads, self.pos_dim).transpose(1, 2)
-        time = torch.arange(start, start + N, device=states.device, dtype=places.dtype)
-        time = self.log_scale.exp()[:, None] * time
+        time = self.log_scale.to(real).exp()[:, None] * (start + torch.arange(N, device=states.device))
         first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
         return torch.cat([first[..., None], places[..., 1:]], -1)
 
@@ -188,7 +189,7 @@ class DynamicFlowAttention(nn.Module):
         """A memory as the extra entities of `flow_attention`."""
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states)),
+            extra_values=self.split(self.value(memory.states.to(self.value.weight.dtype))),
             extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
         )
 

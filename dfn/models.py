@@ -86,12 +86,13 @@ class DFNLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, memory: MemoryState | None = None,
     ) -> Tensor:  # fmt: skip
         """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``.
 
         Tokens are drawn from ``softmax(logits / temperature)``, restricted to the ``top_k`` likeliest if given;
         temperature 0 takes the likeliest. The prompt costs one pass, every token one entity's arithmetic (`Decoder`).
+        Prompt and continuation are one segment: ``memory`` is read, and written by nobody.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"generate: ids must have shape [B, N] with N > 0, got {list(ids.shape)}")
@@ -99,11 +100,13 @@ class DFNLanguageModel(nn.Module):
             raise ValueError(f"generate: temperature must not be negative, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-        decoder, new = Decoder(self), ids
-        for _ in range(max_new_tokens):
-            new = sample(decoder(new).float(), temperature, top_k, generator)[:, None]
-            ids = torch.cat([ids, new], 1)
-        return ids
+        B, N = ids.shape
+        out = torch.cat([ids, ids.new_empty(B, max_new_tokens)], 1)
+        decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
+        for end in range(N, N + max_new_tokens):
+            logits = decoder(out[:, end - 1 : end] if end > N else ids)
+            out[:, end] = sample(logits.float(), temperature, top_k, generator)
+        return out
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import same_bits
 
+from dfn import decoding
 from dfn.data import recall_batch
-from dfn.decoding import Decoder
+from dfn.decoding import Decoder, Scan, Stream
 from dfn.memory import PersistentFieldMemory
 from dfn.models import ABLATIONS, DFNLanguageModel, ablated, sample
 from dfn.training import Trainer
@@ -58,19 +59,82 @@ def test_greedy_generation_is_the_argmax_of_full_passes(length):
     assert logits[:, length - 1 : -1].argmax(-1).equal(out[:, length:])
 
 
-def test_decoder_is_the_full_pass():
-    """Also long after the prompt, and far from where training has seen anything."""
-    model = small()
+KINDS = [dict(vocab_size=3), dict(memory_size=9), dict(heads=1), dict(k=60), dict(block_options={"flow_norm": False})]
+
+
+@pytest.mark.parametrize("search", [Stream, Scan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_decoder_is_the_full_pass(search, options, dtype, monkeypatch):
+    """Also long after the prompt, far from where training has seen anything, and where many positions coincide."""
+    monkeypatch.setattr(decoding, "ROWS", 16)
+    model = small(**options).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
-        ids = torch.randint(31, (2, 120))
-        logits, decoder = model(ids)[0], Decoder(model)
+        ids, memory = torch.randint(model.config["vocab_size"], (2, 120)), None
+        if model.memory is not None:
+            memory = model(torch.randint(31, (2, 40)))[1]
+            assert not torch.allclose(model(ids, memory)[0], model(ids)[0], atol=1e-2)
+        logits, decoder = model(ids, memory)[0], Decoder(model, memory=memory, search=search)
         got = [decoder(ids[:, :37])] + [decoder(ids[:, i : i + 1]) for i in range(37, 120)]
-    torch.testing.assert_close(torch.stack(got, 1), logits[:, 36:], rtol=1e-4, atol=1e-4)
-    assert torch.stack(got, 1).argmax(-1).equal(logits[:, 36:].argmax(-1))
+    got, tolerance = torch.stack(got, 1), 1e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(got, logits[:, 36:], rtol=tolerance, atol=tolerance)
+    assert got.argmax(-1).equal(logits[:, 36:].argmax(-1))
     with pytest.raises(ValueError, match="one token after the prompt"):
         decoder(ids)
+
+
+def test_decoder_makes_room(monkeypatch):
+    """Capacity changes nothing, known before or found out; neither does a prompt of one token."""
+    model, ids = small(), torch.randint(31, (1, 700))
+    with torch.no_grad():
+        want = model(ids)[0][:, -1]
+    for search in (Stream, Scan):
+        for first, capacity in ((1, 0), (1, 700), (300, 301)):
+            decoder = Decoder(model, capacity=capacity, search=search)
+            decoder(ids[:, :first])
+            for i in range(first, 700):
+                got = decoder(ids[:, i : i + 1])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert decoder.capacity >= 700 and (capacity != 700 or decoder.capacity == 700)
+
+
+def test_generation_reads_the_memory():
+    model = small(memory_size=12)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+        memory = model(torch.randint(31, (2, 40)))[1]
+        ids = torch.randint(31, (2, 11))
+        out = model.generate(ids, 14, temperature=0, memory=memory)
+        want = model(out, memory)[0][:, 10:-1].argmax(-1)
+    assert out[:, 11:].equal(want) and not out.equal(model.generate(ids, 14, temperature=0))
+    with pytest.raises(ValueError, match="memory must be None"):
+        small().generate(ids, 1, memory=memory)
+
+
+def test_decoder_refuses_positions_that_are_not_finite():
+    model, ids = small(), torch.randint(31, (1, 9))
+    decoder = Decoder(model)
+    decoder(ids)
+    with torch.no_grad():
+        model.blocks[0].attention.flow.bias[2] = float("nan")
+    with pytest.raises(ValueError, match="positions must be finite"):
+        decoder(ids[:, :1])
+
+
+def test_half_precision_weights():
+    """Positions stay in float32: with bfloat16 ones entities beyond 256 would share their times."""
+    model, ids = small().bfloat16(), torch.randint(31, (1, 400))
+    with torch.no_grad():
+        places, decoder = model.positions(model.embed(ids)), Decoder(model)
+        assert places.dtype == torch.float32 and places[0, -1, :, 0].unique().numel() == 400
+        full = model(ids)[0][:, -1].float()
+        decoder(ids[:, :-1])
+        got = decoder(ids[:, -1:]).float()
+        exact = model.float()(ids)[0][:, -1]
+    assert (got - exact).norm() < 2 * (full - exact).norm() < 0.1 * exact.norm()
 
 
 def test_generation_is_deterministic_for_a_generator():

@@ -1,0 +1,127 @@
+"""Associative recall: a task that looks simple and that many attention-free models fail; and a Transformer to compare.
+
+`recall_batch` makes the sequences: pairs of a key and a value, then queries, each a key that has been there. A model
+that answers must look up what followed the same key earlier on.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .data import recall_batch
+from .layers import count_parameters
+from .models import DFNLanguageModel
+from .training import Trainer
+
+LEARNING_RATE = {"dfn": 3e-3, "transformer": 1e-3}
+MODELS = tuple(LEARNING_RATE)
+ENOUGH = 0.99
+
+
+class TransformerLanguageModel(nn.Module):
+    """The usual one, pre-norm with learned positions, of about as many parameters as `DFNLanguageModel`.
+
+    Its MLP is 2 d wide, so that a layer has 8 d^2 weights like a `DFNBlock`. ``(ids [B, N], memory=None)`` gives
+    ``(logits [B, N, V], None)``; N is at most ``max_length``.
+    """
+
+    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, max_length: int = 256):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
+        nn.init.normal_(self.place.weight, std=0.02)
+        options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 2 * dim, **options) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
+
+    def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
+        N = ids.shape[1]
+        states = self.embed(ids) + self.place.weight[:N]
+        mask = nn.Transformer.generate_square_subsequent_mask(N, ids.device, states.dtype)
+        for block in self.blocks:
+            states = block(states, mask, is_causal=True)
+        return self.head(self.norm(states)), None
+
+
+@torch.no_grad()
+def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor) -> float:
+    """The share of the queries, targets that are not -100, whose value is the likeliest."""
+    right = [model(i)[0].argmax(-1) == t for i, t in zip(ids.split(250), targets.split(250), strict=True)]
+    return torch.cat(right)[targets >= 0].float().mean().item()
+
+
+def run_recall(
+    model: str = "dfn", pairs: int = 8, seeds: Iterable[int] = (0, 1, 2), steps: int = 1500, *, batch: int = 32,
+    dim: int = 64, layers: int = 2, vocab_size: int = 64, lr: float | None = None, evaluations: int = 15,
+    device: str = "cpu", progress: bool = True,
+) -> list[dict]:  # fmt: skip
+    """Trains a model with default options per seed on ``recall_batch(batch, pairs)`` and says how much it recalls.
+
+    Args:
+        model: "dfn" or "transformer", of about the same number of parameters.
+        pairs: 1 to half the vocabulary, whose lower half are keys; sequences are ``6 * pairs`` long.
+        lr: the highest learning rate, 3e-3 for "dfn", 1e-3 for "transformer" if not given: the best tried.
+        evaluations: how often the accuracy is taken on the way, on 250 sequences.
+        progress: show a bar per run.
+
+    Returns a dictionary per seed: ``model, pairs, length, seed, steps, batch, lr, parameters, accuracy`` (0 to 1, on
+    1,000 sequences not trained on), ``curve`` (pairs of step and accuracy), ``steps_to_99`` (the first of the curve
+    with 99 %, or None), ``loss`` (mean of the last 20 steps, nats), ``seconds``. Nothing but time depends on the
+    machine's load; on the CPU it runs on one thread, for which such a model is just large enough.
+
+    Raises ValueError (model, pairs) and NonFiniteLoss (training).
+    """
+    if model not in MODELS:
+        raise ValueError(f"run_recall: model must be one of {', '.join(MODELS)}, got {model!r}")
+    rate, threads = LEARNING_RATE[model] if lr is None else lr, torch.get_num_threads()
+    keys = vocab_size // 2
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        ids, targets = recall_batch(count, pairs, keys=keys, vocab_size=vocab_size, generator=generator)
+        return ids.to(device), targets.to(device)
+
+    def stream(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield draw(batch, generator)
+
+    results = []
+    torch.set_num_threads(1)
+    try:
+        for seed in seeds:
+            held_out = draw(1000, torch.Generator().manual_seed(seed + 2**32))
+            glance = tuple(x[:250] for x in held_out)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                if model == "dfn":
+                    net = DFNLanguageModel(vocab_size=vocab_size, dim=dim, layers=layers).to(device)
+                else:
+                    net = TransformerLanguageModel(vocab_size, dim, layers, max_length=6 * pairs).to(device)
+            trainer, began = Trainer(net, steps=steps, lr=rate), time.perf_counter()
+            history = trainer.fit(
+                stream(torch.Generator().manual_seed(seed)),
+                evaluate=lambda net=net, glance=glance: recall_accuracy(net, *glance),
+                evaluations=evaluations,
+                progress=progress,
+            )
+            curve = [(step, accuracy) for step, _, accuracy in history.evaluated]
+            results.append(dict(
+                model=model, pairs=pairs, length=6 * pairs, seed=seed, steps=steps, batch=batch, lr=rate,
+                parameters=count_parameters(net), accuracy=recall_accuracy(net, *held_out), curve=curve,
+                steps_to_99=next((step for step, accuracy in curve if accuracy >= ENOUGH), None),
+                loss=sum(history.losses[-20:]) / len(history.losses[-20:]),
+                seconds=round(time.perf_counter() - began, 1),
+            ))  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def recall_table(results: list[dict]) -> str:
+    """Markdown: a row per run of `run_recall`."""
+    lines = ["| model | parameters | pairs | length | seed | recalled | 99 % after |", "|---|---|---|---|---|---|---|"]
+    for r in results:
+        after = "not reached" if r["steps_to_99"] is None else f"{r['steps_to_99']:,} steps"
+        size = f"{r['parameters']:,} | {r['pairs']} | {r['length']} | {r['seed']}"
+        lines.append(f"| {r['model']} | {size} | {100 * r['accuracy']:.2f} % | {after} |")
+    return "\n".join(lines)
