@@ -119,9 +119,11 @@ def as_rounded(module, shift, x, bias):
               dict(T=67, P=8, O=131, I=257, r=12)], ids=str,
 )  # fmt: skip
 def test_low_rank_is_the_rounded_product(sizes):
-    module, (_, shift, _, up), x = make(**sizes)
+    module, (selector, shift, down, up), x = make(**sizes)
     bias = torch.randn(up.shape[0])
     y, w = module(x, bias)
+    torch.testing.assert_close(w, (x @ selector.T + shift).softmax(1), rtol=0, atol=0.05)
+    torch.testing.assert_close(module.factors()[1].flatten(0, 1), down, rtol=0, atol=down.abs().max().item() / 250)
     want, want_w = as_rounded(module, shift, x, bias)
     assert y.shape == want.shape and w.shape == want_w.shape
     for ours, exact in ((w, want_w), (y, want)):  # a value halfway between two integers may fall to either side
