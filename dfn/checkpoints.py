@@ -1,6 +1,7 @@
-"""Checkpoints: one safetensors file holds all that a run needs to go on; written whole or not at all, checked when read.
+"""Checkpoints: one safetensors file holds all that a run needs to go on; written whole, or not at all.
 
-A file ``step-00000200.safetensors`` holds tensors by name and, in its metadata, facts as JSON and a checksum of both.
+A file ``step-00000200.safetensors`` holds tensors by name and, in its metadata, facts as JSON and a checksum of both,
+which is checked when the file is read.
 """
 
 import hashlib

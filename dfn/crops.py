@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import load_corpus
-from .field import Field, GridField, ImageField, SpectrogramField, TextField, WaveField
+from .field import Field, ImageField, SpectrogramField, TextField, WaveField
 from .sampler import AdaptiveSampler, Entities, Sampler
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -22,15 +22,14 @@ SOUNDS = ("/usr/share/sounds", "/System/Library/Sounds", "C:/Windows/Media")  # 
 class Crops:
     """Random crops of ``pieces``, tensors ``[n_1, .., n_a, ..]``, of ``size`` cells along the first a axes.
 
-    Of ten pieces and more one in ten is held out, chosen by a checksum of its name. Of fewer the end of the last of
-    those axes is held out of each: a fifth, or one crop if that is more.
+    Of ten pieces and more one in ten is held out, chosen by a checksum of its name. Of fewer the end of ``axis`` is
+    held out of each: a fifth, or one crop if that is more.
 
-    Attributes: channels, the size of a sampled state; kind and names, where they came from.
+    Attributes: names, of the pieces that are large enough.
     """
 
-    def __init__(self, kind: str, pieces: dict[str, Tensor], size: tuple[int, ...], field: Callable[[Tensor], Field]):
-        self.kind, self.size, self.make = kind, size, field
-        axis = len(size) - 1
+    def __init__(self, pieces: dict[str, Tensor], size: tuple[int, ...], field: Callable[[Tensor], Field], axis: int):
+        self.size, self.make = size, field
         wide = {n: x for n, x in pieces.items() if all(have >= want for have, want in zip(x.shape, size, strict=False))}
         if len(wide) >= 10:
             out = {n for n in wide if zlib.crc32(n.encode()) % 10 == 0} or {min(wide)}
@@ -41,9 +40,9 @@ class Crops:
             self.train = [x.narrow(axis, 0, cuts[n]) for n, x in wide.items()]
             self.held_out = [x.narrow(axis, cuts[n], x.shape[axis] - cuts[n]) for n, x in wide.items()]
         if not wide:
-            least = " x ".join(map(str, (*size[:-1], 2 * size[-1])))
+            least = " x ".join(str(n * (1 + (i == axis))) for i, n in enumerate(size))
             sizes = ", ".join(f"{n}: {list(x.shape)}" for n, x in list(pieces.items())[:3])
-            raise ValueError(f"contrast and reconstruction need a piece of at least {least} cells, got {sizes or 'none'}")
+            raise ValueError(f"needed is a piece of at least {least} cells, got {sizes or 'none'}")
         self.names = list(wide)
 
     def field(self, batch: int, generator: torch.Generator | None = None, held_out: bool = False) -> Field:
@@ -51,13 +50,8 @@ class Crops:
         pieces = self.held_out if held_out else self.train
         places = [[have - want + 1 for have, want in zip(x.shape, self.size, strict=False)] for x in pieces]
         chance = torch.tensor([math.prod(p) for p in places], dtype=torch.float64)
-        crops = []
-        for i in torch.multinomial(chance, batch, replacement=True, generator=generator).tolist():
-            crop = pieces[i]
-            for axis, (n, size) in enumerate(zip(places[i], self.size, strict=True)):
-                crop = crop.narrow(axis, int(torch.randint(n, (1,), generator=generator)), size)
-            crops.append(crop)
-        return self.make(torch.stack(crops))
+        chosen = torch.multinomial(chance, batch, replacement=True, generator=generator).tolist()
+        return self.make(torch.stack([random_crop(pieces[i], self.size, generator) for i in chosen]))
 
     def fingerprint(self) -> int:
         return zlib.crc32(b"".join(x.contiguous().numpy().tobytes() for x in (*self.train, *self.held_out)))
@@ -65,6 +59,13 @@ class Crops:
     def summary(self) -> str:
         few = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         return f"crops of {' x '.join(map(str, self.size))} from {len(self.names)} ({few})"
+
+
+def random_crop(x: Tensor, size: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    for axis, want in enumerate(size):
+        start = int(torch.randint(x.shape[axis] - want + 1, (1,), generator=generator))
+        x = x.narrow(axis, start, want)
+    return x
 
 
 def load_crops(kind: str, path: str | Path | None, size: int) -> Crops:
@@ -83,14 +84,14 @@ def load_crops(kind: str, path: str | Path | None, size: int) -> Crops:
             pictures = {name: field.values[0] for name, field in photographs().items()}
         else:
             pictures = {p.name: picture(p) for p in files(path, PICTURES, "pictures")}
-        return Crops(kind, pictures, (size, size), ImageField)
+        return Crops(pictures, (size, size), ImageField, axis=1)
     if kind == "sound":
         paths = machine_sounds() if path is None else files(path, (".wav",), "WAV files")
         sounds = {p.name: spectrogram(p) for p in paths}
-        return Crops(kind, sounds, (size, WINDOW // 2 + 1), SpectrogramField)
+        return Crops(sounds, (size, WINDOW // 2 + 1), SpectrogramField, axis=0)
     if kind == "text":
         corpus = load_corpus(path)
-        crops = Crops(kind, {corpus.name: corpus.train}, (4 * size,), TextField)
+        crops = Crops({corpus.name: corpus.train}, (4 * size,), TextField, axis=0)
         crops.train, crops.held_out = [corpus.train], [corpus.held_out]
         return crops
     raise ValueError(f"field must be image, sound or text, got {kind}")
@@ -155,6 +156,3 @@ def mean_error(entities: Iterable[Entities]) -> float:
     """What saying the mean value of all entities would leave, as `field_reconstruction` counts."""
     states = torch.cat([e.states.flatten(0, 1) for e in entities])
     return float((states - states.mean(0)).square().mean())
-
-
-__all__ = ["Crops", "GridField", "channels_of", "load_crops", "sampler_of"]

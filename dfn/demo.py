@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import data, pictures
+from .evaluation import CONTEXT, STRIDE, continue_prompt, held_out_bits, table_of_bits, text_baselines
 from .layers import count_parameters
 from .models import DFNLanguageModel
 from .training import History, NonFiniteLoss, Trainer
@@ -19,7 +20,6 @@ from .training import History, NonFiniteLoss, Trainer
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
 LENGTH, BATCH = 128, 16
-CONTEXT, STRIDE = 256, 128  # of the evaluation
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
 
@@ -73,11 +73,7 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
     history = trainer.fit(stream, evaluate=lambda: held_out_bits(model, glance, autocast))
     print("judging on all held-out bytes ...", flush=True)
-    figures = {
-        "model": held_out_bits(model, corpus.held_out, autocast),
-        **data.compressed_bits_per_byte(corpus.held_out),
-        "bigram": data.bigram_bits_per_byte(corpus.train, corpus.held_out),
-    }
+    figures = {"model": held_out_bits(model, corpus.held_out, autocast), **text_baselines(corpus)}
     print("\nbits per byte on the same held-out bytes (less is better)\n" + "\n".join(table_of_bits(figures)) + "\n")
 
     prompt, continuation = continue_prompt(model, corpus, seed)
@@ -136,41 +132,6 @@ def fast_threads(model: DFNLanguageModel, text: Tensor, length: int, autocast: t
             trainer.train_step(batch)
         times[threads] = time.perf_counter() - began
     return min(times, key=times.get)
-
-
-@torch.no_grad()
-def held_out_bits(model: DFNLanguageModel, held_out: Tensor, autocast: torch.dtype | None = None) -> float:
-    """Bits per byte. Every byte is predicted once from those before it; the first one of all counts as 8 bits."""
-    nats, group = 0.0, []
-    windows = list(data.segments(held_out, min(CONTEXT, len(held_out) - 1), min(STRIDE, len(held_out) - 1)))
-    for n, window in enumerate(windows):
-        group.append(window)
-        if len(group) < 16 and n + 1 < len(windows):
-            continue
-        ids, targets = (torch.stack([w[i] for w in group]) for i in (0, 1))
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            logits = model(ids)[0].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        for row, (_, _, first) in zip(losses.view(len(group), -1), group, strict=True):
-            nats += row[first:].double().sum().item()
-        group = []
-    return (data.bits(nats) + 8) / len(held_out)
-
-
-def table_of_bits(figures: dict[str, float]) -> list[str]:
-    names = {"model": "this model", "gzip": "gzip -9", "bzip2": "bzip2 -9", "xz": "xz -9", "bigram": "byte bigram"}
-    return [f"{names[name]:12s} {value:6.3f}" for name, value in sorted(figures.items(), key=lambda item: item[1])]
-
-
-def continue_prompt(model: DFNLanguageModel, corpus: data.Corpus, seed: int, length: int = 320) -> tuple[str, str]:
-    """A stretch of held-out text from the start of a function or line, and ``length`` bytes that the model adds."""
-    held_out = bytes(corpus.held_out.tolist())
-    start = max(held_out.find(b"\n    def ", len(held_out) // 3), held_out.rfind(b"\n", 0, len(held_out) // 3)) + 1
-    end = held_out.rfind(b"\n", start, start + 240) + 1 or min(len(held_out), start + 240)
-    ids = corpus.held_out[start:end].long()[None]
-    new = model.generate(ids, length, temperature=0.6, generator=torch.Generator().manual_seed(seed))
-    text = bytes(new[0].tolist())
-    return text[: end - start].decode("utf-8", "replace"), text[end - start :].decode("utf-8", "replace")
 
 
 def kernel_table() -> str | None:

@@ -1,14 +1,9 @@
-"""A classifier of scikit-learn's digits, from entities: ``python -m dfn.digits``. About half a minute."""
-
-import argparse
-import time
+"""Scikit-learn's digits, as pictures and as entities. ``dfn train digits`` learns them in about half a minute."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .field import ImageField
-from .field_models import DFNClassifier
-from .losses import mean_state_loss
 from .sampler import AdaptiveSampler, Entities
 
 
@@ -29,39 +24,3 @@ def sample_digits(pictures: Tensor, n: int = 24, generator: torch.Generator | No
     """n of the 64 pixels as entities, most where the picture changes; their states are patches of 3 x 3."""
     sampler = AdaptiveSampler(distinct=True, floor=0.1, encode=lambda field, p: field.patch(p, 3))
     return sampler(ImageField(pictures), n, generator)
-
-
-def train_digits(steps: int = 500, batch: int = 64, lr: float = 6e-3, seed: int = 0) -> tuple[DFNClassifier, float]:
-    """The model and its accuracy on the held-out digits. Entities are drawn anew in every step."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    (pictures, labels), (held_out, wanted) = digits()
-    model = DFNClassifier(9, 10, dim=48, layers=2, pos_dim=2, k=8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(pictures), (batch,), generator=generator)
-        loss = mean_state_loss(model(sample_digits(pictures[rows], generator=generator)), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        found = model(sample_digits(held_out, generator=torch.Generator().manual_seed(1))).argmax(1)
-    return model, float((found == wanted).float().mean())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dfn.digits", description=__doc__)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # tensors this small gain nothing from more
-    began = time.perf_counter()
-    _, accuracy = train_digits(args.steps, seed=args.seed)
-    print(f"{accuracy:.1%} of the held-out digits after {args.steps} steps, {time.perf_counter() - began:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,19 @@
 """Text, image and audio entities in one space, in one run: a small world where the three belong together.
 
 `small_world` draws scenes: a shape in a picture, a tone, and a line of text that says which shape and which tone.
-`train_joint` trains one `DFNFieldModel` on them: hidden entities are told from those of all kinds, and the three
-kinds of one scene are told apart from those of the others (InfoNCE).
+`joint_losses` trains one `DFNFieldModel` on them: hidden entities are told from those of all kinds, and the three
+kinds of one scene are told apart from those of the others (InfoNCE). ``dfn train joint`` does it, on scenes of your own
+too: `Triples`.
 """
 
 import math
-from dataclasses import dataclass, field
+import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .crops import PICTURES, picture, random_crop, spectrogram
 from .field import Field, ImageField, SpectrogramField, TextField, WaveField
 from .field_models import DFNFieldModel
 from .losses import contrastive, field_reconstruction, language_modelling, mean_state
@@ -61,24 +64,20 @@ def sample_world(
     return {kind: (text if kind == "text" else patches)(f, n, generator) for kind, f in fields.items()}
 
 
-@dataclass
-class JointHistory:
-    """What `train_joint` saw: the losses of every step, by name."""
-
-    contrast: list[float] = field(default_factory=list)
-    text: list[float] = field(default_factory=list)
-    image: list[float] = field(default_factory=list)
-    audio: list[float] = field(default_factory=list)
+def hide(
+    entities: dict[str, Entities], generator: torch.Generator | None = None, share: float = 0.3
+) -> dict[str, Tensor]:
+    """Which entities of each kind are to be told from the others: bool ``[B, n]``."""
+    return {kind: torch.rand(e.influence.shape, generator=generator) < share for kind, e in entities.items()}
 
 
 def joint_losses(
-    model: DFNFieldModel, entities: dict[str, Entities], generator: torch.Generator | None = None, share: float = 0.3
+    model: DFNFieldModel, entities: dict[str, Entities], hidden: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Reconstruction of hidden entities of each kind from all kinds together, and contrast between the kinds.
+    """Reconstruction of ``hidden`` entities of each kind from all kinds together, and contrast between the kinds.
 
     Text against picture and text against sound: a line names both, a picture knows nothing of the sound.
     """
-    hidden = {kind: torch.rand(e.influence.shape, generator=generator) < share for kind, e in entities.items()}
     together = model(entities, hidden).split([e.states.shape[1] for e in entities.values()], 1)
     losses = {}
     for (kind, e), states in zip(entities.items(), together, strict=True):
@@ -93,26 +92,6 @@ def joint_losses(
     views = {kind: v - v.mean(0) for kind, v in views.items()}
     losses["contrast"] = (contrastive(views["text"], views["image"]) + contrastive(views["text"], views["audio"])) / 2
     return losses
-
-
-def train_joint(
-    model: DFNFieldModel, steps: int = 200, batch: int = 32, lr: float = 6e-3, seed: int = 0
-) -> JointHistory:
-    """Trains on fresh scenes in every step, on all kinds and all losses at once."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    history = JointHistory()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        losses = joint_losses(model, sample_world(small_world(batch, generator)[0], generator=generator), generator)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        for name, loss in losses.items():
-            getattr(history, name).append(loss.item())
-    return history
 
 
 @torch.no_grad()
@@ -132,3 +111,65 @@ def common_space(model: DFNFieldModel, entities: dict[str, Entities]) -> Tensor:
     """The mean state of all entities of all kinds, read together: ``[B, dim]``."""
     weight = torch.cat([e.influence for e in entities.values()], 1)
     return mean_state(model(entities), weight)
+
+
+class SmallWorld:
+    """`small_world` as the data of a run."""
+
+    def fields(self, batch: int, generator: torch.Generator | None = None, held_out: bool = False) -> dict[str, Field]:
+        return small_world(batch, generator)[0]
+
+    def figures(self, model: DFNFieldModel) -> dict[str, float]:
+        rates = {f"{kind} finds its line": match_rate(model, kind) for kind in ("image", "audio")}
+        return {**rates, "chance": 1 / len(SHAPES)}
+
+    def summary(self) -> str:
+        return "a small world: shapes, tones and lines that name them, drawn anew in every step"
+
+    def fingerprint(self) -> int:
+        return 0
+
+
+class Triples:
+    """Scenes of your own: files of one name in a folder, such as ``bird.txt``, ``bird.png`` and ``bird.wav``.
+
+    Of a text the first ``length`` bytes count; of a picture, in grey, and of a sound's spectrogram random crops of
+    ``size`` cells a side (a spectrogram has 32 frequencies). One scene in ten is held out.
+    """
+
+    def __init__(self, path: str | Path, size: int, length: int):
+        root, scenes = Path(path), {}
+        if not root.is_dir():
+            raise ValueError(f"joint: data must be a folder, got {path}")
+        for line in sorted(root.rglob("*.txt")):
+            pixels = [p for e in PICTURES if (p := line.with_suffix(e)).exists()]
+            if not pixels or not line.with_suffix(".wav").exists():
+                continue
+            seen, heard = picture(pixels[0]).mean(-1, keepdim=True), spectrogram(line.with_suffix(".wav"))
+            if min(seen.shape[:2]) >= size and len(heard) >= size:
+                text = line.read_bytes()[:length].ljust(length)
+                scenes[line.stem] = torch.tensor(list(text)), seen, heard
+        if len(scenes) < 2:
+            want = f"x.txt, x.png and x.wav, at least {size} pixels and {size} steps of a spectrogram large"
+            raise ValueError(f"joint: {path} must hold at least two scenes ({want}), got {len(scenes)}")
+        out = {n for n in scenes if zlib.crc32(n.encode()) % 10 == 0} - {max(scenes)} or {min(scenes)}
+        self.path, self.size = path, size
+        self.train, self.held_out = ([scenes[n] for n in scenes if (n in out) == held] for held in (False, True))
+
+    def fields(self, batch: int, generator: torch.Generator | None = None, held_out: bool = False) -> dict[str, Field]:
+        scenes = self.held_out if held_out else self.train
+        chosen = [scenes[i] for i in torch.randint(len(scenes), (batch,), generator=generator).tolist()]
+        text, seen, heard = zip(*chosen, strict=True)
+        crops = [torch.stack([random_crop(x, (self.size,) * n, generator) for x in xs])
+                 for xs, n in ((seen, 2), (heard, 1))]  # fmt: skip
+        fields = TextField(torch.stack(text)), ImageField(crops[0]), SpectrogramField(crops[1])
+        return dict(zip(KINDS, fields, strict=True))
+
+    def figures(self, model: DFNFieldModel) -> dict[str, float]:
+        return {}
+
+    def summary(self) -> str:
+        return f"{self.path}: {len(self.train)} scenes to train on, {len(self.held_out)} held out"
+
+    def fingerprint(self) -> int:
+        return zlib.crc32(b"".join(x.contiguous().numpy().tobytes() for s in (*self.train, *self.held_out) for x in s))

@@ -1,6 +1,4 @@
-"""How well entities tell a photograph: adaptive against uniform sampling. ``python -m dfn.photographs``."""
-
-import argparse
+"""How well entities tell a photograph: adaptive against uniform sampling. ``dfn eval photographs``."""
 
 import torch
 
@@ -39,19 +37,12 @@ def compare(field: ImageField, n: int, seeds: int = 3) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dfn.photographs", description=__doc__)
-    parser.add_argument("--shares", type=int, nargs="+", default=[64, 20, 10, 5], help="one entity per so many pixels")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    print(f"{'photograph':12} {'entities':>9} {'uniform':>9} {'regular':>9} {'adaptive':>9} {'gain':>7}   PSNR in dB")
+def table(shares: tuple[int, ...] = (64, 20, 10, 5), seeds: int = 3) -> list[dict]:
+    """`compare` for both photographs with one entity for so many pixels."""
+    rows = []
     for name, field in photographs().items():
-        for share in args.shares:
+        for share in shares:
             n = field.grid[0] * field.grid[1] // share
-            r = compare(field, n, args.seeds)
-            gain = r["adaptive"] - r["uniform"]
-            print(f"{name:12} {n:9} {r['uniform']:9.2f} {r['regular']:9.2f} {r['adaptive']:9.2f} {gain:+7.2f}")
-
-
-if __name__ == "__main__":
-    main()
+            found = compare(field, n, seeds)
+            rows.append({"photograph": name, "entities": n, **found, "gain": found["adaptive"] - found["uniform"]})
+    return rows

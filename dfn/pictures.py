@@ -36,14 +36,18 @@ def _plt():
     return plt
 
 
-def loss_curve(history: History, figures: dict[str, float], path: Path) -> None:
-    """Training loss and held-out loss over time, in bits per byte, with lines for ``figures["gzip"]`` and "bigram"."""
+def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit: str = "bits") -> None:
+    """Training loss and held-out loss over time, with lines for ``figures["gzip"]`` and "bigram" if they are there.
+
+    ``figures["model"]`` is the end, marked with a star. ``unit`` "bits": the history's nats are shown as bits per byte.
+    """
     plt = _plt()
     fig, ax = plt.subplots(figsize=(9, 5), dpi=150)
     _axes(ax)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    seconds, bits = history.seconds, [loss / math.log(2) for loss in history.losses]
+    bytes_, scale = ("bytes", 1 / math.log(2)) if unit == "bits" else ("data", 1.0)
+    seconds, bits = history.seconds, [scale * loss for loss in history.losses]
     smooth = []
     for i in range(len(bits)):  # a window that grows with the steps: the start is steep
         width = min(25, i // 5)
@@ -51,23 +55,27 @@ def loss_curve(history: History, figures: dict[str, float], path: Path) -> None:
         smooth.append(sum(near) / len(near))
     end = seconds[-1]
     ax.plot(seconds, bits, color=BLUE, alpha=0.18, linewidth=0.8)
-    ax.plot(seconds, smooth, color=BLUE, linewidth=2, label="training bytes (smoothed)")
+    ax.plot(seconds, smooth, color=BLUE, linewidth=2, label=f"training {bytes_} (smoothed)")
     if history.evaluated:
         _, when, found = zip(*history.evaluated, strict=True)
-        ax.plot(when, found, "o-", color=ORANGE, mec="white", lw=1.4, label="held-out bytes (a sample of them)")
-    label = f"all held-out bytes: {figures['model']:.3f}"
-    ax.plot(end, figures["model"], "*", ms=15, color=ORANGE, mec="white", label=label, clip_on=False, zorder=5)
-    for name, label in (("bigram", "byte bigram"), ("gzip", "gzip -9, held-out bytes alone")):
+        ax.plot(when, found, "o-", color=ORANGE, mec="white", lw=1.4, label=f"held-out {bytes_} (a sample of them)")
+    last = figures.get("model", smooth[-1])
+    if "model" in figures:
+        label = f"all held-out bytes: {last:.3f}"
+        ax.plot(end, last, "*", ms=15, color=ORANGE, mec="white", label=label, clip_on=False, zorder=5)
+    names = {"bigram": "byte bigram", "gzip": "gzip -9, held-out bytes alone"}
+    for name, label in ((name, label) for name, label in names.items() if name in figures):
         ax.axhline(figures[name], color=INK, linewidth=1, linestyle=(0, (5, 4)))
         # the curve falls from the upper left to the lower right: free is above it on the right, or below on the left
-        x, side, top = (end, "right", "bottom") if figures["model"] < figures[name] else (0, "left", "top")
+        x, side, top = (end, "right", "bottom") if last < figures[name] else (0, "left", "top")
         ax.text(x, figures[name], f" {label}  {figures[name]:.3f} ", ha=side, va=top, fontsize=8.5, color=INK)
-    lowest = min(*figures.values(), *smooth)
-    ax.set(xlim=(0, end * 1.01), ylim=(lowest - 0.2, max(min(max(bits), 5.0), figures["bigram"] + 0.4)))
+    lowest, highest = min(*figures.values(), *smooth), max(*figures.values(), *smooth[len(smooth) // 50 :])
+    room = 0.06 * (highest - lowest) + 1e-9
+    ax.set(xlim=(0, end * 1.01), ylim=(lowest - room, highest + room))
     ax.set_xlabel("seconds of training", color=SOFT, fontsize=9)
-    ax.set_ylabel("bits per byte", color=SOFT, fontsize=9)
+    ax.set_ylabel("bits per byte" if unit == "bits" else f"loss, {unit}", color=SOFT, fontsize=9)
     ax.set_title(
-        f"{history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.1f}M bytes",
+        f"{history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.2g}M {'bytes' if unit == 'bits' else 'entities'}",
         loc="left",
         color=INK,
         fontsize=12,

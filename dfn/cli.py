@@ -1,0 +1,251 @@
+"""The command ``dfn``: train, generate, eval, ablate, plot."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from . import ablation, runs
+from .options import Options, UsageError
+from .runs import Run
+from .tasks import KINDS
+
+JUDGED = (*KINDS, "photographs", "recall", "memory")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command: 0, or 1 for a failure; exits with 2 for bad usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(with_config(parser, argv))
+        missing = [m for m in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(m) is None]
+        if missing:
+            raise RuntimeError(f"needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'")
+        arguments.command(arguments)
+        return 0
+    except UsageError as error:
+        return said(error, 2)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: checkpoints, NaN, what is not installed
+        return said(error, 1)
+    except KeyboardInterrupt:
+        return said("stopped; --resume goes on from the last checkpoint", 1)
+
+
+def said(error: object, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"dfn{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dfn", description="Train and use Dynamic Flow Networks.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        one.set_defaults(command=run)
+        one.add_argument("--config", metavar="FILE", help="TOML file of flags; those given here win")
+        return one
+
+    one = add("train", train, "train a model; a run that was killed goes on with --resume")
+    one.add_argument("kind", nargs="?", metavar="KIND", help="; ".join(f"{n}: {k.__doc__}" for n, k in KINDS.items()))
+    one.add_argument("--out", type=Path, help="folder of the run (default: runs/KIND)")
+    one.add_argument("--resume", action="store_true", help="go on from the last good checkpoint in the folder, if any")
+    one.add_argument("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="default: 100")
+    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_options(one)
+
+    one = add("generate", generate, "continue a prompt with a trained language model")
+    one.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
+    one.add_argument("--prompt", default="\n", help="default: a line break; - reads it from the standard input")
+    one.add_argument("--tokens", type=positive, default=200, help="bytes to add (default: 200)")
+    one.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest byte (default: 0.7)")
+    one.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest bytes only")
+    one.add_argument("--seed", type=int, default=0)
+
+    one = add("eval", evaluate, "judge a trained run, or train one and judge it")
+    one.add_argument("what", choices=JUDGED, metavar="WHAT", help=", ".join(JUDGED))
+    one.add_argument("--run", type=Path, metavar="DIR", help="folder of a run (default: one is trained for this)")
+    one.add_argument("--json", action="store_true", help="print the figures as JSON")
+    one.add_argument("--pairs", type=positive, nargs="+", default=[8, 16], help="of recall (default: 8 16)")
+    one.add_argument("--seeds", type=positive, default=3, help="of recall (default: 3)")
+    add_options(one)
+
+    one = add("ablate", ablate, "train a language model with and without its parts; write one table")
+    one.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder; an ablation in it goes on")
+    one.add_argument("--seeds", type=positive, default=3, help="runs per line of the table (default: 3)")
+    add_options(one)
+
+    one = add("plot", plot, "draw a run's pictures into its folder")
+    one.add_argument("run", type=Path, metavar="DIR", help="folder of a run or of an ablation")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One flag for each of `Options`; what is not given stays out of the result."""
+    group = parser.add_argument_group("options that decide how a run ends", "defaults depend on the kind")
+    for f in dataclasses.fields(Options)[1:]:
+        flag, of = f"--{f.name.replace('_', '-')}", f.type if isinstance(f.type, type) else str
+        choices = [c for c in f.metadata["choices"] if c] or None
+        group.add_argument(flag, type=of, choices=choices, help=f.metadata["help"], default=argparse.SUPPRESS)
+
+
+def given_options(arguments: argparse.Namespace) -> dict:
+    names = {f.name for f in dataclasses.fields(Options)[1:]}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The arguments with those of ``--config FILE`` before them, so that later ones win."""
+    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    found.add_argument("--config")
+    path = found.parse_known_args(argv)[0].config
+    if path is None or not argv:
+        return argv
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {path} is not TOML: {error}") from error
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if argv[0] not in commands:
+        return argv  # the parser says what is wrong
+    actions = {a.dest: a for a in commands[argv[0]]._actions if a.dest not in ("config", "help")}
+    words = []
+    for key, value in table.items():
+        action = actions.get(key.replace("-", "_"))
+        if action is None:
+            raise UsageError(f"--config: {path}: unknown key {key!r}; known are {', '.join(actions)}")
+        if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, dict | list):
+            raise UsageError(f"--config: {path}: {key} cannot be {value!r}")
+        if not action.option_strings:
+            commands[argv[0]].set_defaults(**{action.dest: value})
+        elif value is not False:
+            words += [action.option_strings[0]] + ([] if value is True else [str(value)])
+    return [argv[0], *words, *argv[1:]]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    if arguments.kind is None:
+        raise UsageError(f"KIND must be one of {', '.join(KINDS)}, as an argument or in the TOML file")
+    given = given_options(arguments)
+    options = Options.of(arguments.kind, **given)
+    with runs.processes():
+        run = runs.train(
+            options, arguments.out or Path("runs") / arguments.kind, resume=arguments.resume, given=given,
+            every=arguments.checkpoint_every, progress=not arguments.quiet,
+        )  # fmt: skip
+        if int(os.environ.get("RANK", 0)) == 0:
+            show(run.judge())
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    run = Run.load(arguments.run, warn)
+    if not hasattr(run.model, "generate"):
+        raise UsageError(f"{arguments.run} is a run of kind {run.options.kind}; only text generates")
+    prompt = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode()
+    if not prompt:
+        raise UsageError("--prompt must not be empty")
+    device = next(run.model.parameters()).device
+    ids = run.model.generate(
+        torch.tensor([list(prompt)], device=device), arguments.tokens, temperature=arguments.temperature,
+        top_k=arguments.top_k, generator=torch.Generator(device).manual_seed(arguments.seed),
+    )  # fmt: skip
+    print(bytes(ids[0].tolist()).decode("utf-8", "replace"))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    given = given_options(arguments)
+    if arguments.what not in KINDS:
+        figures = SPECIAL[arguments.what](given, arguments)
+    elif arguments.run:
+        run = Run.load(arguments.run, warn)
+        if run.options.kind != arguments.what or given:
+            wrong = f"kind {run.options.kind}" if run.options.kind != arguments.what else "its own options"
+            raise UsageError(f"{arguments.run} is a run with {wrong}; give either --run or options")
+        figures = run.judge()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = runs.train(Options.of(arguments.what, **given), Path(folder), evaluations=0, say=warn).judge()
+    print(json.dumps(figures, indent=1)) if arguments.json else show(figures)
+
+
+def photographs(given: dict, _) -> list[dict]:
+    from .photographs import table
+
+    only(given)
+    return table()
+
+
+def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
+    from .recall import MODELS, run_recall
+
+    only(given, "steps", "batch", "dim", "layers", "lr")
+    found = [run_recall(m, p, range(arguments.seeds), **given) for p in arguments.pairs for m in MODELS]
+    shown = ("model", "parameters", "pairs", "seed", "steps", "accuracy", "steps_to_99", "seconds")
+    return [{name: r[name] for name in shown} for results in found for r in results]
+
+
+def memory(given: dict, _) -> dict:
+    from .memory_task import run_memory
+
+    return run_memory(**only(given, "steps", "seed"))
+
+
+SPECIAL = {"photographs": photographs, "recall": recall, "memory": memory}
+
+
+def only(given: dict, *names: str) -> dict:
+    if other := sorted(set(given) - set(names)):
+        raise UsageError(
+            f"--{other[0].replace('_', '-')} has no meaning here; what has: {', '.join(names) or 'nothing'}"
+        )
+    return given
+
+
+def ablate(arguments: argparse.Namespace) -> None:
+    print(ablation.run(arguments.out, arguments.seeds, given_options(arguments)))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    from . import run_pictures
+
+    for path in run_pictures.draw(arguments.run, warn):
+        print(path)
+
+
+def show(figures: dict | list[dict]) -> None:
+    """A line for each figure, or a table."""
+    if isinstance(figures, dict):
+        for name, value in figures.items():
+            print(f"{name:24}{value:10.3f}")
+        return
+    print("".join(f"{name:>12}" for name in figures[0]))
+    for row in figures:
+        print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x:>12}" for x in row.values()))
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

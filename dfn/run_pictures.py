@@ -1,0 +1,149 @@
+"""The pictures of a run: what `dfn plot` draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import ablation as ablations
+from .pictures import BLUE, GRID, INK, ORANGE, SOFT, _axes, _plt, drift, loss_curve
+from .runs import Run
+
+
+def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
+    """Draws the pictures of a run, or of an ablation, into its folder and returns their paths."""
+    folder = Path(folder)
+    if (folder / "ablation.json").exists():
+        return [ablation(ablations.load(folder), folder / "ablation.png")]
+    run = Run.load(folder, say)
+    paths = [folder / "loss_curve.png"]
+    lines = {}
+    if run.options.kind == "text":
+        from .evaluation import text_baselines
+
+        lines = text_baselines(run.task.corpus)
+        paths.append(folder / "drift.png")
+        drift(run.model, run.task.corpus.held_out[:4096], paths[-1])
+    loss_curve(run.history, {n: lines[n] for n in ("bigram", "gzip") if n in lines}, paths[0], unit=run.task.unit)
+    if run.options.kind == "masked" and run.options.field != "text":
+        paths.append(folder / "reconstruction.png")
+        reconstruction(run, paths[-1])
+    if run.options.kind == "digits":
+        paths.append(folder / "digits.png")
+        digits(run, paths[-1])
+    return paths
+
+
+@torch.no_grad()
+def reconstruction(run: Run, path: Path, columns: int = 8) -> None:
+    """Held-out crops, what the model is shown of them, and what it makes of the hidden entities."""
+    from .sampler import reconstruct
+
+    plt, task = _plt(), run.task
+    generator = torch.Generator().manual_seed(2)
+    field = task.crops.field(columns, generator, True)
+    entities = task.entities(field, generator)
+    hidden = torch.rand(entities.influence.shape, generator=generator) < task.share
+    found = run.model.cpu().reconstruct(entities, hidden)
+    filled = entities._replace(states=torch.where(hidden[..., None], found, entities.states))
+    blank = torch.where(hidden[..., None], torch.nan, entities.states)
+    fig, axes = plt.subplots(4, columns, figsize=(1.45 * columns, 6.6), dpi=130)
+    notes = ("the crop", "sampled and shown", "with what the model says", "rebuilt from those")
+    rebuilt = reconstruct(filled, field)
+    for row, (axs, note) in enumerate(zip(axes, notes, strict=True)):
+        for i, ax in enumerate(axs):
+            ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
+            for side in ax.spines.values():
+                side.set_color(GRID)
+            if row in (0, 3):
+                _show(ax, (field.values if row == 0 else rebuilt)[i])
+            else:
+                down, right = entities.positions[i].unbind(-1)
+                states = (blank if row == 1 else filled).states[i] if row == 2 else blank[i]
+                seen = states.isfinite().all(-1)
+                colors = states[seen].clamp(0, 1).expand(-1, 3).numpy()
+                ax.scatter(right[seen], down[seen], s=14, c=colors, linewidths=0, marker="s")
+            if i == 0:
+                ax.set_title(note, loc="left", fontsize=9.5, color=INK, pad=4)
+    fig.suptitle(f"{task.share:.0%} of the entities hidden, held-out crops", x=0.01, ha="left", fontsize=13, color=INK,
+                 fontweight="bold")  # fmt: skip
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def _show(ax, values: torch.Tensor) -> None:
+    values = values.clamp(0, 1)
+    ax.imshow(values.expand(-1, -1, 3).numpy(), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest")
+
+
+@torch.no_grad()
+def digits(run: Run, path: Path) -> None:
+    """Held-out digits with their entities, and which digit is taken for which."""
+    from .digits import sample_digits
+
+    plt = _plt()
+    pictures, labels = run.task.split[1]
+    entities = sample_digits(pictures, run.options.entities, torch.Generator().manual_seed(1))
+    said = run.model.cpu()(entities).argmax(1)
+    wrong = (said != labels).nonzero()[:, 0].tolist()
+    chosen = (wrong + [i for i in range(len(labels)) if i not in wrong])[:18]
+    fig = plt.figure(figsize=(12, 4.6), dpi=130)
+    left, right = fig.subfigures(1, 2, width_ratios=(1.7, 1))
+    for i, ax in zip(chosen, left.subplots(3, 6).flat, strict=True):
+        ax.imshow(pictures[i, ..., 0], cmap="gray_r", extent=(0, 1, 1, 0))
+        down, across = entities.positions[i].unbind(-1)
+        ax.scatter(across, down, s=9, color=ORANGE, linewidths=0)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{labels[i]}" + (f", said {said[i]}" if i in wrong else ""), fontsize=9, pad=3,
+                     color=ORANGE if i in wrong else INK)  # fmt: skip
+        for side in ax.spines.values():
+            side.set_color(GRID)
+    count = torch.bincount(labels * 10 + said, minlength=100).view(10, 10)
+    ax = right.subplots()
+    _axes(ax, f"{1 - len(wrong) / len(labels):.1%} of {len(labels)} held-out digits right")
+    ax.imshow(count.float().sqrt(), cmap="Blues")
+    for i in range(10):
+        for j in range(10):
+            if count[i, j]:
+                ax.text(
+                    j, i, int(count[i, j]), ha="center", va="center", fontsize=7.5, color="white" if i == j else INK
+                )
+    ax.set(xticks=range(10), yticks=range(10))
+    ax.set_xlabel("said", color=SOFT, fontsize=9)
+    ax.set_ylabel("is", color=SOFT, fontsize=9)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def ablation(found: dict, path: Path) -> Path:
+    """Every run as a dot, the mean of the seeds and their standard deviation as a bar, a panel for each task."""
+    plt = _plt()
+    tasks = [t for t in ablations.TASKS if any(key.startswith(t) for key in found["cells"])]
+    fig, axes = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks) + 1.2, 3.6), dpi=150, sharey=True, squeeze=False)
+    names = list(ablations.LINES.items())[::-1]
+    for ax, task in zip(axes[0], tasks, strict=True):
+        _axes(ax, ablations.TASKS[task] + (" (less is better)" if task == "text" else ""))
+        ax.grid(axis="x", color=GRID, linewidth=0.8)
+        ax.set_axisbelow(True)
+        for y, (line, _) in enumerate(names):
+            values = torch.tensor(list(ablations.column(found, task, line).values()))
+            if not len(values):
+                ax.text(50, y, "no memory in this task", color=SOFT, fontsize=8, va="center", ha="center")
+                continue
+            color, mean = BLUE if line == "" else ORANGE, float(values.mean())
+            deviation = float(values.std()) if len(values) > 1 else 0.0
+            if line == "":
+                ax.axvline(mean, color=BLUE, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
+            ax.errorbar(mean, y, xerr=deviation, fmt="D", ms=5, color=color, capsize=4, lw=1.6, zorder=3)
+            ax.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.4, mec="none", zorder=2)
+        ax.set(yticks=range(len(names)), yticklabels=[name for _, name in names], ylim=(-0.6, len(names) - 0.4))
+        if task != "text":
+            ax.set_xlim(-3, 103)
+    o = found["options"]
+    fig.suptitle(f"without a part: {o['steps']:,} steps, mean and standard deviation of the seeds", x=0.01, ha="left",
+                 fontsize=12, color=INK, fontweight="bold")  # fmt: skip
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+    return path
