@@ -75,13 +75,13 @@ def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit:
     ax.set_xlabel("seconds of training", color=SOFT, fontsize=9)
     ax.set_ylabel("bits per byte" if unit == "bits" else f"loss, {unit}", color=SOFT, fontsize=9)
     ax.set_title(
-        f"{history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.2g}M {'bytes' if unit == 'bits' else 'entities'}",
+        f"{history.steps[-1]:,} steps, {history.tokens[-1]:,} {'bytes' if unit == 'bits' else 'entities'}",
         loc="left",
         color=INK,
         fontsize=12,
         pad=12,
     )
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)

@@ -162,7 +162,7 @@ def cpu_name() -> str:
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Joins the other processes of `torchrun`, if it started this one: nccl between GPUs, gloo otherwise."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     cuda = torch.cuda.is_available()

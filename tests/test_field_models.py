@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfn.digits import sample_digits, train_digits
+from dfn.digits import sample_digits
 from dfn.field import ImageField
 from dfn.field_models import DFNClassifier, DFNFieldModel, masked_reconstruction_loss, two_samplings_loss
 from dfn.losses import mean_state_loss
@@ -99,13 +99,6 @@ def test_the_classifier_learns_a_few_digits():
         loss.backward()
         optimizer.step()
     assert loss < 0.3 and (model(e).argmax(1) == wanted).float().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_digits_held_out():
-    pytest.importorskip("sklearn")
-    accuracy = train_digits()[1]
-    assert accuracy >= 0.95, accuracy
 
 
 def test_errors_name_the_argument():

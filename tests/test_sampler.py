@@ -140,7 +140,7 @@ def test_reconstruction_is_exact_with_an_entity_in_every_cell():
 
 
 def test_adaptive_sampling_tells_photographs_better():
-    """A ninth of the pixels, one entity for ten of them; the whole photographs are `python -m dfn.photographs`."""
+    """A ninth of the pixels, one entity for ten of them; the whole photographs are `dfn eval photographs`."""
     pytest.importorskip("sklearn")
     for name, field in photographs().items():
         small = ImageField(field.values[:, ::3, ::3].contiguous())
