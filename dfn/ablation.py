@@ -46,7 +46,8 @@ def run(
     if any(found[name] != value for name, value in facts.items()):
         raise UsageError(f"{folder} holds an ablation with other options; another --out begins a new one")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    found |= {"machine": runs.machine(), "corpus": Text(options).corpus.name}
+    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if name != "threads")
+    found |= {"machine": runs.machine(), "corpus": Text(options).corpus.name, "flags": flags}
     folder.mkdir(parents=True, exist_ok=True)
     work = [
         (task, line, seed)
@@ -137,7 +138,7 @@ def table(found: dict) -> str:
         "- Segments: questions about facts of the segment before; one layer, dim 32. Guessing gives 25 %.",
         "\n".join(f"| {line} |" for line in lines),
         "![the same as a picture](ablation.png)",
-        f"Machine: {found['machine']}. Made by `dfn ablate --seeds {seeds} --steps {o['steps']}`.",
+        f"Machine: {found['machine']}. Made by `dfn ablate --seeds {seeds}{found['flags']}`.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -110,9 +111,9 @@ def positive(text: str) -> int:
 
 def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     """The arguments with those of ``--config FILE`` before them, so that later ones win."""
-    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    found.add_argument("--config")
-    path = found.parse_known_args(argv)[0].config
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
     if path is None or not argv:
         return argv
     try:
@@ -125,10 +126,10 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {path} is not TOML: {error}") from error
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    if argv[0] not in commands:
+    command = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices.get(argv[0])
+    if command is None:
         return argv  # the parser says what is wrong
-    actions = {a.dest: a for a in commands[argv[0]]._actions if a.dest not in ("config", "help")}
+    actions = {a.dest: a for a in command._actions if a.dest not in ("config", "help")}
     words = []
     for key, value in table.items():
         action = actions.get(key.replace("-", "_"))
@@ -137,9 +138,9 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
         if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, dict | list):
             raise UsageError(f"--config: {path}: {key} cannot be {value!r}")
         if not action.option_strings:
-            commands[argv[0]].set_defaults(**{action.dest: value})
+            command.set_defaults(**{action.dest: value})
         elif value is not False:
-            words += [action.option_strings[0]] + ([] if value is True else [str(value)])
+            words.append(action.option_strings[0] + ("" if value is True else f"={value}"))
     return [argv[0], *words, *argv[1:]]
 
 
@@ -243,8 +244,7 @@ def show(figures: dict | list[dict]) -> None:
         print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x:>12}" for x in row.values()))
 
 
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)
+warn = functools.partial(print, file=sys.stderr)
 
 
 if __name__ == "__main__":

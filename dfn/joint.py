@@ -18,6 +18,7 @@ from .field import Field, ImageField, SpectrogramField, TextField, WaveField
 from .field_models import DFNFieldModel
 from .losses import contrastive, field_reconstruction, language_modelling, mean_state
 from .sampler import AdaptiveSampler, Entities
+from .training import map_tensors
 
 SHAPES = ("disc", "ring", "bars", "cross")
 TONES = ("low", "mid", "high", "rising")
@@ -99,11 +100,12 @@ def match_rate(model: DFNFieldModel, kind: str, batch: int = 256, seed: int = 1)
     """How often the line that is nearest to a picture (a sound) names its shape (its tone). Chance: one in four."""
     generator = torch.Generator().manual_seed(seed)
     fields, label = small_world(batch, generator)
-    entities = sample_world(fields, generator=generator)
+    device = next(model.parameters()).device
+    entities = map_tensors(lambda x: x.to(device), sample_world(fields, generator=generator))
     text, other = (model.represent(entities[k], kind=k) for k in ("text", kind))
     text, other = (nn.functional.normalize(v - v.mean(0), dim=-1) for v in (text, other))
     column = 0 if kind == "image" else 1
-    found = label[(other @ text.T).argmax(1), column]
+    found = label[(other @ text.T).argmax(1).cpu(), column]
     return float((found == label[:, column]).float().mean())
 
 

@@ -16,6 +16,7 @@ def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
     if (folder / "ablation.json").exists():
         return [ablation(ablations.load(folder), folder / "ablation.png")]
     run = Run.load(folder, say)
+    run.model.cpu()
     paths = [folder / "loss_curve.png"]
     lines = {}
     if run.options.kind == "text":
@@ -44,7 +45,7 @@ def reconstruction(run: Run, path: Path, columns: int = 8) -> None:
     field = task.crops.field(columns, generator, True)
     entities = task.entities(field, generator)
     hidden = torch.rand(entities.influence.shape, generator=generator) < task.share
-    found = run.model.cpu().reconstruct(entities, hidden)
+    found = run.model.reconstruct(entities, hidden)
     filled = entities._replace(states=torch.where(hidden[..., None], found, entities.states))
     blank = torch.where(hidden[..., None], torch.nan, entities.states)
     fig, axes = plt.subplots(4, columns, figsize=(1.45 * columns, 6.6), dpi=130)
@@ -85,7 +86,7 @@ def digits(run: Run, path: Path) -> None:
     plt = _plt()
     pictures, labels = run.task.split[1]
     entities = sample_digits(pictures, run.options.entities, torch.Generator().manual_seed(1))
-    said = run.model.cpu()(entities).argmax(1)
+    said = run.model(entities).argmax(1)
     wrong = (said != labels).nonzero()[:, 0].tolist()
     chosen = (wrong + [i for i in range(len(labels)) if i not in wrong])[:18]
     fig = plt.figure(figsize=(12, 4.6), dpi=130)

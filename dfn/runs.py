@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -85,6 +86,8 @@ def train(
         raise UsageError(f"{folder} holds a run; --resume goes on with it, another --out begins one")
     if checkpoint is not None:
         options = _agreed(options, checkpoint, given or {})
+        if rank == 0:
+            checkpoints.set_aside(folder, checkpoint.path)
     elif resume:
         say(f"{folder} holds no checkpoint: the run begins")
     options = replace(options, threads=options.threads or torch.get_num_threads())
@@ -120,7 +123,8 @@ def train(
             last = checkpoints.save(folder, trainer.step, tensors, facts)
 
     batches = (task.batch(generator) for _ in iter(int, 1))
-    evaluate = (lambda: trainer_unit(task, task.held_out_loss(model))) if rank == 0 else (lambda: 0.0)
+    unit = 1 / math.log(2) if task.unit == "bits" else 1.0
+    evaluate = (lambda: unit * task.held_out_loss(model)) if rank == 0 else (lambda: 0.0)
     try:
         history = trainer.fit(
             batches, evaluate=evaluate, evaluations=evaluations, progress=progress and rank == 0, history=history,
@@ -131,11 +135,6 @@ def train(
         error.args = (f"{error}; {kept}",)
         raise
     return Run(options, task, model, history, folder)
-
-
-def trainer_unit(task: Task, loss: float) -> float:
-    """A loss as it is shown."""
-    return loss / 0.6931471805599453 if task.unit == "bits" else loss
 
 
 def default_device() -> torch.device:
@@ -183,8 +182,6 @@ def _nothing(text: str) -> None:
 def _to_resume(folder: Path, rank: int, say: Say) -> Checkpoint | None:
     """The first process chooses, all read the same file."""
     checkpoint = checkpoints.latest(folder, say) if rank == 0 else None
-    if checkpoint is not None:
-        checkpoints.set_aside(folder, checkpoint.path)
     if dist.is_initialized():
         path = [None if checkpoint is None else str(checkpoint.path)]
         dist.broadcast_object_list(path)
@@ -195,9 +192,9 @@ def _to_resume(folder: Path, rank: int, say: Say) -> Checkpoint | None:
 def _agreed(options: Options, checkpoint: Checkpoint, given: dict) -> Options:
     kept = checkpoint.facts["options"]
     for name, value in {"kind": options.kind, **given}.items():
-        if kept[name] != value and not (name == "threads" and value == 0):
+        if kept.get(name) != value and not (name == "threads" and value == 0):
             raise UsageError(
-                f"{name} is {kept[name]} in {checkpoint.path}, got {value}; another --out begins a new run"
+                f"{name} is {kept.get(name)} in {checkpoint.path}, got {value}; another --out begins a new run"
             )
     return Options.of(**kept)
 

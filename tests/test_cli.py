@@ -1,6 +1,9 @@
 """The command: flags and TOML, exit codes, one clear line for what is wrong; every subcommand on a tiny budget."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from helpers import INTERPRETED
@@ -134,6 +137,20 @@ def test_ablation(text, tmp_path, capsys, monkeypatch):
     assert dfn(*arguments) == 0 and (tmp_path / "ablation.md").read_text() == table
     assert "holds an ablation with other options" in failed(capsys, 2, *arguments, "--lr", 1e-3)
     assert dfn("plot", tmp_path) == 0
+
+
+def test_commands_in_the_docs_are_understood(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line)
+        words = words[words.index("dfn.cli" if "dfn.cli" in words else "dfn") + 1 :]
+        cli.build_parser().parse_args(words)  # exits where it does not understand
+    (tmp_path / "run.toml").write_text(*re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    parser, words = cli.build_parser(), ["train", "--config", str(tmp_path / "run.toml")]
+    found = parser.parse_args(cli.with_config(parser, words))
+    assert (found.kind, found.steps, found.memory_size) == ("text", 200, 256)
 
 
 def test_spread():
