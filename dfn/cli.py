@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def said(error: object, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
-    print(f"dfn{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+    warn(f"dfn{f' (process {rank})' if rank else ''}: {error}")
     return code
 
 
@@ -244,7 +243,8 @@ def show(figures: dict | list[dict]) -> None:
         print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x:>12}" for x in row.values()))
 
 
-warn = functools.partial(print, file=sys.stderr)
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":
