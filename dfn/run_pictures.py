@@ -37,12 +37,14 @@ def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
 
 @torch.no_grad()
 def reconstruction(run: Run, path: Path, columns: int = 8) -> None:
-    """Held-out crops, what the model is shown of them, and what it makes of the hidden entities."""
+    """Held-out crops with the most in them, what the model is shown, and what it makes of the hidden entities."""
     from .sampler import reconstruct
 
     plt, task = _plt(), run.task
     generator = torch.Generator().manual_seed(2)
-    field = task.crops.field(columns, generator, True)
+    values = task.crops.field(8 * columns, generator, True).values
+    best = values.flatten(1, -2).var(1).mean(1).topk(columns).indices  # something must be there to see
+    field = task.crops.make(values[best])
     entities = task.entities(field, generator)
     hidden = torch.rand(entities.influence.shape, generator=generator) < task.share
     found = run.model.reconstruct(entities, hidden)
@@ -91,7 +93,8 @@ def digits(run: Run, path: Path) -> None:
     chosen = (wrong + [i for i in range(len(labels)) if i not in wrong])[:18]
     fig = plt.figure(figsize=(12, 4.6), dpi=130)
     left, right = fig.subfigures(1, 2, width_ratios=(1.7, 1))
-    for i, ax in zip(chosen, left.subplots(3, 6).flat, strict=True):
+    axes = left.subplots(3, 6, gridspec_kw=dict(left=0.02, right=0.98, top=0.92, bottom=0.03, hspace=0.25))
+    for i, ax in zip(chosen, axes.flat, strict=True):
         ax.imshow(pictures[i, ..., 0], cmap="gray_r", extent=(0, 1, 1, 0))
         down, across = entities.positions[i].unbind(-1)
         ax.scatter(across, down, s=9, color=ORANGE, linewidths=0)
@@ -107,9 +110,8 @@ def digits(run: Run, path: Path) -> None:
     for i in range(10):
         for j in range(10):
             if count[i, j]:
-                ax.text(
-                    j, i, int(count[i, j]), ha="center", va="center", fontsize=7.5, color="white" if i == j else INK
-                )
+                color = "white" if count[i, j] > 9 else INK
+                ax.text(j, i, int(count[i, j]), ha="center", va="center", fontsize=7.5, color=color)
     ax.set(xticks=range(10), yticks=range(10))
     ax.set_xlabel("said", color=SOFT, fontsize=9)
     ax.set_ylabel("is", color=SOFT, fontsize=9)

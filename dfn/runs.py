@@ -101,7 +101,7 @@ def train(
     say(f"{type(model).__name__}: {count_parameters(model):,} parameters; {machine()}, {options.dtype}")
     trainer = Trainer(
         model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
-        weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit,
+        weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit, partial=task.partial,
         autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
     )  # fmt: skip
     history, last = History(), None

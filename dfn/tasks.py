@@ -29,6 +29,7 @@ class Task:
 
     defaults: dict = {}
     unit = "nats"  # of the loss, as shown; "bits" shows nats as bits
+    partial = True  # the loss may leave out parameters of the model (see `Trainer`)
 
     def __init__(self, options: Options):
         self.options = options
@@ -82,7 +83,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
-    unit = "bits"
+    unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
     @functools.cached_property
@@ -242,7 +243,8 @@ class Masked(FieldTask):
 class Joint(Task):
     """one model over text, image and audio that belong together"""
 
-    defaults = dict(steps=200, batch=32, entities=24, dim=32, warmup=20, weight_decay=0.01)
+    defaults = dict(steps=200, batch=32, entities=24, dim=32, warmup=20)
+    partial = False
 
     @functools.cached_property
     def world(self):

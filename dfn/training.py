@@ -4,7 +4,6 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -95,6 +94,7 @@ class Trainer:
         accumulate: the gradient of a batch is summed up over so many equal parts of its rows, one after the other.
         clip: the largest norm of the gradient.
         autocast: run the forward pass under autocast to this dtype (bfloat16).
+        partial: the loss may leave parameters without a gradient; several processes then look for them in every step.
         unit: of the loss: "bits" if it is nats that the bar is to show as bits, else the name it goes by.
 
     A batch is a tensor, or tuples and dicts of tensors, with the same number of rows everywhere. Where
@@ -109,7 +109,7 @@ class Trainer:
         self, model: nn.Module, *, loss: Callable[[nn.Module, tuple], Tensor] = language_model_loss,
         steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
         weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), clip: float = 1.0, accumulate: int = 1,
-        autocast: torch.dtype | None = None, unit: str = "bits",
+        autocast: torch.dtype | None = None, unit: str = "bits", partial: bool = True,
     ):  # fmt: skip
         if steps is None and seconds is None:
             raise ValueError("Trainer: steps or seconds must be given")
@@ -128,9 +128,7 @@ class Trainer:
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         self.run: nn.Module = _Loss(model, loss)
         if distributed():
-            warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-            # A field model has heads that a loss may leave out.
-            self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=True)
+            self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=partial)
 
     @property
     def progress(self) -> float:
