@@ -21,12 +21,10 @@ JUDGED = (*KINDS, "photographs", "recall", "memory")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command: 0, or 1 for a failure; exits with 2 for bad usage."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
     try:
         arguments = parser.parse_args(with_config(parser, argv))
-        missing = [m for m in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(m) is None]
-        if missing:
+        if missing := [m for m in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(m) is None]:
             raise RuntimeError(f"needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'")
         arguments.command(arguments)
         return 0
@@ -81,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     one = add("ablate", ablate, "train a language model with and without its parts; write one table")
     one.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder; an ablation in it goes on")
     one.add_argument("--seeds", type=positive, default=3, help="runs per line of the table (default: 3)")
+    one.add_argument("--tasks", nargs="+", choices=ablation.TASKS, default=list(ablation.TASKS), help="default: all")
     add_options(one)
 
     one = add("plot", plot, "draw a run's pictures into its folder")
@@ -222,7 +221,7 @@ def only(given: dict, *names: str) -> dict:
 
 
 def ablate(arguments: argparse.Namespace) -> None:
-    print(ablation.run(arguments.out, arguments.seeds, given_options(arguments)))
+    print(ablation.run(arguments.out, arguments.seeds, given_options(arguments), arguments.tasks))
 
 
 def plot(arguments: argparse.Namespace) -> None:
