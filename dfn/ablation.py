@@ -133,8 +133,8 @@ def table(found: dict) -> str:
     shape = f"{o['layers']} layers, dim {o['dim']}, {o['heads']} heads, k {o['k']}, a memory of {o['memory_size']}"
     notes = {
         "text": f"- Text: {shape}; {found['tokens'] / 1e6:.2f}M bytes seen, in rows of {o['length']}; judged on the first "
-        f"{HELD_OUT:,} held-out bytes of {found['corpus']}. Less is better. *Worse by* is the difference to the full "
-        "model of the same seed.",
+        f"{HELD_OUT:,} held-out bytes of {found['corpus']}. Less is better. *Worse by* is the difference to the "
+        "full model of the same seed.",
         "recall": f"- Recall: associative recall of {PAIRS} pairs; two layers, dim 64. More is better.",
         "segments": "- Segments: questions about facts of the segment before; one layer, dim 32. Guessing gives 25 %.",
     }
