@@ -131,8 +131,9 @@ def table(found: dict) -> str:
                 row.append(spread([x - full[s] for s, x in values.items() if s in full], 3) if line else "")
         lines.append(" | ".join(row))
     shape = f"{o['layers']} layers, dim {o['dim']}, {o['heads']} heads, k {o['k']}, a memory of {o['memory_size']}"
+    seen = f"{found['tokens'] / 1e6:.2f}M bytes seen, in rows of {o['length']}"
     notes = {
-        "text": f"- Text: {shape}; {found['tokens'] / 1e6:.2f}M bytes seen, in rows of {o['length']}; judged on the first "
+        "text": f"- Text: {shape}; {seen}; judged on the first "
         f"{HELD_OUT:,} held-out bytes of {found['corpus']}. Less is better. *Worse by* is the difference to the "
         "full model of the same seed.",
         "recall": f"- Recall: associative recall of {PAIRS} pairs; two layers, dim 64. More is better.",
