@@ -2,6 +2,7 @@ import copy
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -352,26 +353,49 @@ def test_autocast(backend):
 
 
 MEMORY = """
-import resource, torch
+import sys, torch
+from bench.measure import peak_growth_mib
 from dfn_kernels import pattern_route
+dtype, top_k = getattr(torch, sys.argv[1]), int(sys.argv[2]) or None
 T, P, d = 8192, 8, 512
-x, w, patterns, g = torch.randn(T, d), torch.randn(T, P).softmax(-1), torch.randn(P, d, d), torch.randn(T, d)
-leaves = [t.requires_grad_() for t in (x, w, patterns)]
-pattern_route(x[:64], w[:64], patterns).sum().backward()
+x, patterns, g = (torch.randn(shape).to(dtype) for shape in ((T, d), (P, d, d), (T, d)))
+weights = torch.randn(T, P).softmax(-1)
+leaves = [x.requires_grad_() for x in (x, weights, patterns)]
+def run(n=T):
+    global y
+    y = pattern_route(x[:n], weights[:n], patterns, top_k=top_k)
+    y.backward(g[:n])
+run(64)
 for leaf in leaves:
     leaf.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-pattern_route(*leaves).backward(g)
-results = sum(t.numel() * 4 for t in leaves) + T * d * 4
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - results / 2**20)
+results = sum(x.numel() * x.element_size() for x in (*leaves, g))
+print(peak_growth_mib(run, "cpu") - results / 2**20)
+einsum = lambda: torch.einsum("tp,poi->toi", weights[:256].to(dtype), patterns)
+print(peak_growth_mib(einsum, "cpu"), 256 * d * d * x.element_size() / 2**20)
 """
+
+
+def extra_memory(dtype: str, top_k: int) -> float:
+    """MiB beyond the results (output and gradients) of forward + backward in a process that does only this."""
+    command = [sys.executable, "-c", MEMORY, dtype, str(top_k)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    extra, seen, size = map(float, done.stdout.split())
+    assert seen > 0.9 * size, f"a tensor of {size} MiB was measured as {seen} MiB"
+    return extra
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="measures the memory of a process")
 def test_memory():
-    """Beyond its results (output and gradients), forward + backward take less than 64 MiB where F alone has 8 GiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+    """Less than 64 MiB at T=8192, P=8, 512->512: [T,O,I] has 8 GiB, [T,P,O] and [T,P*I] 128 MiB."""
+    assert extra_memory("float32", 0) < 64
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="measures the memory of a process")
+@pytest.mark.parametrize("dtype, top_k, limit", [("bfloat16", 0, 48), ("float16", 0, 48), ("float32", 2, 64)])
+def test_memory_of_other_paths(dtype, top_k, limit):
+    """In half precision [T,P,O] and [T,P*I] have 64 MiB."""
+    assert extra_memory(dtype, top_k) < limit
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
