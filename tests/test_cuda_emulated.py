@@ -18,6 +18,7 @@ from helpers import DEVICE, INTERPRETED, check_against_reference, same_bits
 from bench import route_rule
 from dfn_kernels import _backends, pattern_route, route_cuda
 
+KERNEL = CSRC / "cuda" / "pattern_route_sm80_kernel.h"
 SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple")]
 pytestmark = pytest.mark.skipif(
     INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
@@ -248,25 +249,27 @@ SWAPS = {
 }  # fmt: skip
 
 
-def outcome(folder, source) -> subprocess.CompletedProcess:
-    library = compile_library(folder, "pattern_route", [source, SOURCES[1]])
+def outcome(folder, kernel: str, launcher: str) -> subprocess.CompletedProcess:
+    (folder / "cuda").mkdir()  # a quoted include is looked for beside the including file first
+    (folder / "cuda" / KERNEL.name).write_text(kernel)
+    (folder / SOURCES[0].name).write_text(launcher)
+    library = compile_library(folder, "pattern_route", [folder / SOURCES[0].name, SOURCES[1]])
     command = [sys.executable, cuda_emulated.__file__, str(library)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_unchanged_kernel_passes_what_the_errors_must_not(tmp_path):
-    done = outcome(tmp_path, SOURCES[0])
+    done = outcome(tmp_path, KERNEL.read_text(), SOURCES[0].read_text())
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", SWAPS)
 def test_deliberate_errors_show(error, tmp_path):
-    text, (old, new) = SOURCES[0].read_text(), SWAPS[error]
-    assert text.count(old) == 1, f"{error}: what is to be replaced is there {text.count(old)} times"
-    changed = tmp_path / "changed.cu"
-    changed.write_text(text.replace(old, new))
-    done = outcome(tmp_path, changed)
+    texts, (old, new) = (KERNEL.read_text(), SOURCES[0].read_text()), SWAPS[error]
+    found = sum(text.count(old) for text in texts)
+    assert found == 1, f"{error}: what is to be replaced is there {found} times"
+    done = outcome(tmp_path, *(text.replace(old, new) for text in texts))
     assert done.returncode != 0, "nothing noticed"
     print(done.stderr.strip().splitlines()[-1])
