@@ -89,7 +89,7 @@ def _op(
     include_self: bool,
     check: bool,
     warm: Tensor | None,  # [B, M, k]
-    index: int,  # 0, or the number of these points' grid on the CPU
+    index: int,  # 0, or the number of these points' grid in the backend
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
     points, queries, lengths, query_lengths, warm = (
@@ -104,7 +104,7 @@ def _op(
     elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
-        indices, sq_dists = triton_knn(*arguments)
+        indices, sq_dists = triton_knn(*arguments, warm, index)
     else:
         indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, warm, index)
     return sq_dists, indices
@@ -212,7 +212,8 @@ def knn(
     return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
 
 
-def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, index=0) -> Neighbors:
+def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None) -> Neighbors:
+    backend = _backends.choose(OP, positions.device.type)
     real = compute_dtype(positions, queries)
     *lead, N, D = positions.shape
     M = N if queries is None else queries.shape[-2]
@@ -225,8 +226,8 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
         None if query_lengths is None else query_lengths.reshape(B),
         k, bool(causal), bool(include_self), bool(check),
         None if warm is None else warm.reshape(B, M, k),
-        index,
-        _backends.choose(OP, positions.device.type),
+        (grids or {}).get(backend, 0),
+        backend,
     )  # fmt: skip
     return Neighbors(indices.view(*lead, M, k), sq_dists.view(*lead, M, k))
 
@@ -234,20 +235,27 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
 class KNNIndex:
     """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
 
-    Arguments and results are those of `knn`. On the CPU the positions are sorted once, here; causal queries sort
-    prefixes of them again. The positions must not be changed in place while the index is in use.
+    Arguments and results are those of `knn`. The positions are sorted once, here; causal queries, and on a GPU those
+    for more than 64 neighbours, sort them again. The positions must not be changed in place while the index is in use.
     """
 
     def __init__(self, positions: Tensor, lengths: Tensor | None = None):
         _check(positions, 1, None, False, True, lengths, None)
         self.positions = positions.to(compute_dtype(positions)).contiguous()
         self.lengths = lengths
-        self._number = 0
-        if positions.device.type == "cpu" and _backends.missing(OP, "native", "cpu") is None:
-            B, (N, D) = positions.shape[:-2].numel(), positions.shape[-2:]
-            counts = None if lengths is None else lengths.reshape(B).contiguous()
-            self._number = torch.ops.dfn_cpu.knn_index(self.positions.detach().view(B, N, D), counts)
-            weakref.finalize(self, torch.ops.dfn_cpu.knn_forget, self._number)
+        self._grids: dict[str, int] = {}  # backend: the number of the grid it has built
+        B, (N, D) = positions.shape[:-2].numel(), positions.shape[-2:]
+        points = self.positions.detach().view(B, N, D)
+        counts = None if lengths is None else lengths.reshape(B).contiguous()
+        device = positions.device.type
+        if device == "cpu" and _backends.missing(OP, "native", "cpu") is None:
+            self._grids["native"] = torch.ops.dfn_cpu.knn_index(points, counts)
+            weakref.finalize(self, torch.ops.dfn_cpu.knn_forget, self._grids["native"])
+        if _backends.missing(OP, "triton", device) is None:
+            from .triton.knn import forget, index
+
+            self._grids["triton"] = index(points, counts)
+            weakref.finalize(self, forget, self._grids["triton"])
 
     def query(
         self,
@@ -265,8 +273,8 @@ class KNNIndex:
         """
         found = None if warm is None else warm.indices
         _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
-        number = self._number if queries is None or queries.dtype != torch.float64 else 0  # sorted in float32, perhaps
-        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, number)
+        grids = self._grids if queries is None or queries.dtype != torch.float64 else None  # sorted in float32, perhaps
+        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids)
 
     def __repr__(self) -> str:
         return f"KNNIndex(positions={list(self.positions.shape)}, {self.positions.dtype}, {self.positions.device})"

@@ -105,8 +105,8 @@ def test_queries(backend):
         check_same(backend, positions, 5, queries=3 * torch.randn(2, m, 2, device=DEVICE))
     check_same(backend, positions[:, :0], 5, queries=positions)
     for name in ("lattice", "clusters", "denormal") if not INTERPRETED else ():
-        positions = point_sets.points(name, 2000, 3)
-        queries = torch.cat([positions[:300], torch.rand(300, 3), torch.full((2, 3), 1e-39)])
+        positions = point_sets.points(name, 2000, 3).to(DEVICE)
+        queries = torch.cat([positions[:300], torch.rand(300, 3, device=DEVICE), positions.new_full((2, 3), 1e-39)])
         check_same(backend, positions, 7, queries=queries)
 
 
@@ -294,12 +294,13 @@ def test_index(backend):
             index.query(k + 1, warm=found)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "native"])
-def test_index_on_hostile_sets(backend):
+@pytest.mark.skipif(INTERPRETED, reason="slow in the interpreter; test_knn_triton.py has smaller ones")
+def test_index_on_hostile_sets():
     for name in ("denormal", "256 positions", "lattice", "line 0"):
-        positions = point_sets.points(name, 1500, 2)
+        positions = point_sets.points(name, 1500, 2).to(DEVICE)
         index = KNNIndex(positions)
-        for k, options in ((3, {}), (20, dict(include_self=False)), (70, dict(queries=torch.rand(99, 2)))):
+        queries = torch.rand(99, 2, device=DEVICE)
+        for k, options in ((3, {}), (20, dict(include_self=False)), (70, dict(queries=queries))):
             got, want = index.query(k, **options), reference(positions, k, **options)
             assert same_bits(got.indices, want.indices) and same_bits(got.sq_dists, want.sq_dists)
     other = copy.copy(index)
@@ -308,22 +309,22 @@ def test_index_on_hostile_sets(backend):
 
 
 # ---- large ----------------------------------------------------------------------------------------------------------
-@pytest.mark.skipif(BACKENDS != ["native"] or DEVICE != "cpu", reason="the interpreter does not get that far")
+@pytest.mark.skipif(not BACKENDS or INTERPRETED, reason="neither the reference nor the interpreter gets that far")
 @pytest.mark.parametrize("D", [2, 3])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("clusters", "256 positions") else pytest.mark.slow)
                                   for n in point_sets.NAMES if n != "underflowing"])  # fmt: skip
 def test_million(name, D):
     """No point outside is nearer, ties by index, for sampled queries."""
-    positions = point_sets.points(name, 1_000_000, D)
+    positions = point_sets.points(name, 1_000_000, D).to(DEVICE)
     rows = torch.randint(len(positions), (12,))
     for mask in (MASKS[0], MASKS[2]):
         check_rows(positions, 16, knn(positions, 16, **mask), rows, **mask)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BACKENDS != ["native"] or DEVICE != "cpu", reason="needs the C++ kernel")
+@pytest.mark.skipif(not BACKENDS or INTERPRETED, reason="neither the reference nor the interpreter gets that far")
 def test_output_past_2_to_31_bytes():
-    positions = torch.rand(300_000, 2)
+    positions = torch.rand(300_000, 2, device=DEVICE)
     got = knn(positions, 1000)
     assert got.indices.numel() * 8 > 2**31
     rows = torch.cat([torch.randint(len(positions), (5,)), torch.tensor([len(positions) - 1])])

@@ -28,6 +28,7 @@ class Case:
     constants: dict[str, object]  # tl.constexpr arguments
     num_warps: int = 4
     options: dict = field(default_factory=lambda: dict(NO_SPILLS))  # what else the launcher passes to the compiler
+    amd: dict[str, object] = field(default_factory=dict)  # constants that are others there
 
     def __str__(self):
         used = [self.types[name].strip("*") for name in self.kernel.arg_names if name in self.types]
@@ -48,12 +49,13 @@ def compile_case(case: Case, target: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {**case.constants, **(case.amd if target.startswith("gfx") else {})}
     signature = {}
     for name in case.kernel.arg_names:
-        signature[name] = "constexpr" if name in case.constants else case.types.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else case.types.get(name, "i32")
     # What the launcher finds at run time: pointers are aligned to 16 bytes, and the sizes need not be.
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attrs)
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attrs)
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     options = {"num_warps": case.num_warps, **case.options}
     if target.startswith("gfx"):

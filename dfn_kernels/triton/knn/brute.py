@@ -1,8 +1,7 @@
-"""Exact k nearest neighbours in Triton: every query against every point, for any number of dimensions.
+"""Every query against every point, for any number of dimensions.
 
 Two passes. The first finds only tau, the k-th smallest distance. The second visits the points again in the order of
 their indices and writes those nearer than tau, and of those at tau the first ones: ties go to the lower index.
-Compiled without fused multiply-add: distances are the same to the bit on every backend.
 """
 
 import torch
@@ -43,7 +42,7 @@ def _distance(P, Q, i, j, i_ok, j_ok, D):
 @triton.jit
 def lane_kernel(
     P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use
-    OUT_I, OUT_D,  # outputs [B, M, k], filled with -1 and inf; found ones ascend by index
+    KEYS,  # output [B, M, k], filled with the key of nothing; found ones ascend by index
     N, M, D, k,  # shapes
     HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     K: tl.constexpr,  # length of the lists, at least k
@@ -69,7 +68,7 @@ def lane_kernel(
 
     best = ()
     for _ in tl.static_range(K):
-        best = best + (tl.full((BM,), inf, P.dtype.element_ty),)
+        best = best + (tl.full((BM,), inf, tl.float32),)
     for j in range(0, n):
         d = _distance(P, Q, at, j, rows, True, D)
         c = tl.where(_visible(i, j, CAUSAL, INCLUDE_SELF) & rows & (d < inf), d, inf)
@@ -92,9 +91,8 @@ def lane_kernel(
         seen = _visible(i, j, CAUSAL, INCLUDE_SELF) & rows & (d < inf)
         tie = seen & (d == tau) & (ties > 0)
         take = (seen & (d < tau)) | tie
-        place = (b * M + at) * k + count
-        tl.store(OUT_I + place, tl.zeros((BM,), tl.int64) + j, mask=take)
-        tl.store(OUT_D + place, d, mask=take)
+        key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | j
+        tl.store(KEYS + (b * M + at) * k + count, key, mask=take)
         count += take.to(tl.int32)
         ties -= tie.to(tl.int32)
 
@@ -158,12 +156,42 @@ def row_kernel(
         ties -= tl.sum(tie, axis=0)
 
 
+@triton.jit
+def finish_kernel(
+    KEYS,  # input keys [rows, k], output indices
+    DISTS,  # output [rows, k]
+    rows, k,
+    SORT: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    s = tl.arange(0, K)[None, :]
+    ok = (row < rows) & (s < k)
+    at = row.to(tl.int64) * k + s
+    key = tl.load(KEYS + at, mask=ok, other=0x7FFFFFFFFFFFFFFF)
+    if SORT:
+        key = tl.sort(key, dim=1)
+    tl.store(DISTS + at, (key >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=ok)
+    tl.store(KEYS + at, (key << 32) >> 32, mask=ok)  # the low half with its sign: -1 if there is nothing
+
+
 # ---- launchers ------------------------------------------------------------------------------------------------------
+NOTHING = 0x7F800000FFFFFFFF  # key of a missing neighbour: distance inf, index -1
+
+
 def list_length(k: int) -> int:
     return max(4, triton.next_power_of_2(k))
 
 
-def knn(
+def finish(keys: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
+    """Keys [B, M, k] become indices, in place, and squared distances, ascending by (distance, index)."""
+    sq_dists = torch.empty_like(keys, dtype=torch.float32)
+    k, K = keys.shape[2], list_length(keys.shape[2])
+    rows, BM = keys.shape[0] * keys.shape[1], max(1, 2048 // K)
+    finish_kernel[(triton.cdiv(rows, BM),)](keys, sq_dists, rows, k, SORT=not ordered, K=K, BM=BM, num_warps=4)
+    return keys, sq_dists
+
+
+def search(
     points: Tensor, queries: Tensor | None, lengths: Tensor | None, query_lengths: Tensor | None, k: int, causal: bool,
     include_self: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -171,22 +199,20 @@ def knn(
     if queries is None:
         queries, query_lengths = points, lengths
     M = queries.shape[1]
-    indices = points.new_full((B, M, k), -1, dtype=torch.int64)
-    sq_dists = points.new_full((B, M, k), torch.inf)
-    if indices.numel() == 0 or N == 0:
-        return indices, sq_dists
     K = list_length(k)
-    arguments = (
-        points, queries, points if lengths is None else lengths, points if query_lengths is None else query_lengths,
-        indices, sq_dists,
-        N, M, D, k,
-    )  # fmt: skip
+    in_registers = K <= MOST_IN_REGISTERS and points.dtype == torch.float32
+    indices = points.new_full((B, M, k), NOTHING if in_registers else -1, dtype=torch.int64)
+    inputs = points, queries, points if lengths is None else lengths, points if query_lengths is None else query_lengths
     flags = {"HAS_LP": lengths is not None, "HAS_LQ": query_lengths is not None, "CAUSAL": causal,
              "INCLUDE_SELF": include_self}  # fmt: skip
-    if K <= MOST_IN_REGISTERS and points.dtype == torch.float32:
-        lane_kernel[(B * triton.cdiv(M, 128),)](*arguments, **flags, K=K, BM=128, num_warps=4, **EXACT)
-    else:
-        row_kernel[(B * M,)](*arguments, **flags, K=max(K, 64), num_warps=4, **EXACT)
+    if in_registers and indices.numel() and N:
+        blocks = (B * triton.cdiv(M, 128),)
+        lane_kernel[blocks](*inputs, indices, N, M, D, k, **flags, K=K, BM=128, num_warps=4, **EXACT)
+        return finish(indices, ordered=False)
+    indices.fill_(-1)
+    sq_dists = points.new_full((B, M, k), torch.inf)
+    if indices.numel() and N:
+        row_kernel[(B * M,)](*inputs, indices, sq_dists, N, M, D, k, **flags, K=max(K, 64), num_warps=4, **EXACT)
     # What was found ascends by index, so a stable sort by distance gives the order (distance, index).
     sq_dists, order = sq_dists.sort(dim=-1, stable=True)
     return indices.gather(-1, order), sq_dists
