@@ -27,7 +27,7 @@ BOX = 64  # points in a bounding box, at least
 
 
 def use_grid(B: int, N: int, M: int, D: int, k: int, dtype: torch.dtype) -> bool:
-    if D > 3 or dtype != torch.float32 or 4 * B * N >= 2**31 or B * M >= 2**31:
+    if D > 3 or dtype != torch.float32 or B * N >= 2**28 or B * M >= 2**31:
         return False
     return N >= FEW_POINTS and B * N * M * (2 * list_length(k) + 20) >= FEW_STEPS
 

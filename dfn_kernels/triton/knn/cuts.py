@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 EARLY = 1024  # causal: prefixes are halved down to about this many points
+ROUNDING = 8  # causal: prefixes are multiples of a box, and rounding up adds at most 1 / ROUNDING to a batch
 STRIP_DEPTH = {1: 0, 2: 64, 3: 32}  # points in a strip, at least, on average
 SLAB_DEPTH = 1024  # points in a slab, at least
 SAMPLE = {1: 1 << 10, 2: 1 << 13, 3: 1 << 15}
@@ -48,7 +49,7 @@ class Layout:
 
     @staticmethod
     def of(B: int, N: int, D: int, k: int, box: int, causal: bool) -> "Layout":
-        levels = max(1, min((N // EARLY).bit_length(), (N // (8 * box)).bit_length())) if causal else 1
+        levels = max(1, min((N // EARLY).bit_length(), (N // (ROUNDING * box)).bit_length())) if causal else 1
         step = box << (levels - 1)
         C = -(-N // step) * step
         cells = 1 if D == 1 else max(1, C // STRIP_DEPTH[D])
@@ -118,7 +119,7 @@ def _sample(points: Tensor, lengths: Tensor | None, layout: Layout) -> tuple[Ten
     at = first + torch.arange(s, device=device) * size // s
     x = points.reshape(B * N, D).index_select(0, at.flatten()).view(-1, s, D)
     usable = x.isfinite().all(-1) & (size > 0)
-    x = (x + 0.0).masked_fill(~usable.unsqueeze(-1), torch.inf)
+    x = (x + 0.0).masked_fill(usable.logical_not().unsqueeze(-1), torch.inf)
     valid = usable.sum(1, keepdim=True)
     return x, valid, (size * valid / s).double().clamp(min=1)
 
@@ -161,7 +162,7 @@ def _slab_cuts(column: Tensor, valid: Tensor, slabs: Tensor, layout: Layout) -> 
     i = torch.arange(layout.slabs, device=column.device)
     edge = column.gather(1, (i * valid // slabs).clamp(max=column.shape[1] - 1))
     wanted = (i[1:] < slabs) & (edge[:, 1:] > edge[:, :-1])
-    return edge[:, 1:].masked_fill(~wanted, torch.inf).sort(dim=1).values
+    return edge[:, 1:].masked_fill(wanted.logical_not(), torch.inf).sort(dim=1).values
 
 
 def _strip_cuts(values: Tensor, slab: Tensor, slabs: Tensor, stride: Tensor, layout: Layout) -> Tensor:

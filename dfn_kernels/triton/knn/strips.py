@@ -67,15 +67,14 @@ def _window(SORTED, lo, hi, y, slab, strip, last, tau):
 
 
 # ---- the walk -------------------------------------------------------------------------------------------------------
-# Where a lane is: (walking, part, slab, base, down, up, slab_down, slab_up). `part`: 0, 1, 2 are the surroundings of
-# the query in its own strip, what is below, what is above; 3: other strips. `slab`: squared distance to the current
-# slab, whose first strip is `base`; `down` and `up`: its next strips on either side; then the next slabs.
+# Where a lane is: (walking, part, below, above, slab, base, down, up, slab_down, slab_up). `part`: 0, 1, 2 are the
+# surroundings of the query in its own strip, what is below, what is above; 3: other strips. `below` and `above`: how
+# many points on either side are done. `slab`: squared distance to the current slab, whose first strip is `base`; `down`
+# and `up`: its next strips on either side; then the next slabs.
 @triton.jit
-def _visit(
-    where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, W: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
+def _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, D: tl.constexpr):
     """The slots that a lane scans next, whether there are any within tau, and where it is then."""
-    walking, part, slab, base, down, up, slab_down, slab_up = where
+    walking, part, below, above, slab, base, down, up, slab_down, slab_up = where
     v_slab, v_strip, y, last, own, place = home
     inf = float("inf")
     strip = tl.zeros_like(y)
@@ -83,11 +82,11 @@ def _visit(
     if D > 1:
         away = walking & (part > 2)
         edge = tl.load(STRIPS + base + down + 1, mask=away & (down >= 0) & (down + 1 < stride), other=inf)
-        below = tl.where(down >= 0, tl.maximum(v_strip - edge, 0.0), inf)
-        above = tl.load(STRIPS + base + up, mask=away & (up < stride), other=inf)
-        above = tl.maximum(above - v_strip, 0.0)
-        upward = above < below
-        nearest = tl.where(away, tl.minimum(above, below), 0.0)
+        to_down = tl.where(down >= 0, tl.maximum(v_strip - edge, 0.0), inf)
+        edge = tl.load(STRIPS + base + up, mask=away & (up < stride), other=inf)
+        to_up = tl.maximum(edge - v_strip, 0.0)
+        upward = to_up < to_down
+        nearest = tl.where(away, tl.minimum(to_up, to_down), 0.0)
         strip = nearest * nearest
         cell = tl.where(away, base + tl.where(upward, up, down), own)
         up += (away & upward).to(tl.int32)
@@ -96,10 +95,19 @@ def _visit(
     live = walking & (edge_distance <= tau) & (edge_distance < inf)
     lo = tl.load(STARTS + cell, mask=live, other=0)
     hi = tl.load(STARTS + cell + 1, mask=live, other=0)
-    lo = tl.where(part == 0, tl.maximum(lo, place - W), tl.where(part == 2, tl.maximum(lo, place + W), lo))
-    hi = tl.where(part == 0, tl.minimum(hi, place + W), tl.where(part == 1, tl.minimum(hi, place - W), hi))
+    # As long as nothing bounds the search, twice as far each time; then as far as the bound reaches.
+    far = live & (part < 3) & (tau == inf)
+    more_below = far & (place - 2 * below > lo)
+    more_above = far & (place + 2 * above < hi)
+    first = tl.where(part == 2, place + above, tl.where((part == 0) | more_below, place - (1 + part) * below, lo))
+    end = tl.where(part == 1, place - below, tl.where((part == 0) | more_above, place + (1 + part // 2) * above, hi))
+    lo = tl.where(part < 3, tl.maximum(lo, first), lo)
+    hi = tl.where(part < 3, tl.minimum(hi, end), hi)
     lo, hi = _window(SORTED, lo, tl.maximum(lo, hi), y, slab, strip, last, tau)
-    part = tl.minimum(part + 1, 3)
+    below = tl.where(part == 1, tl.where(more_below, 2 * below, 1 << 29), below)
+    above = tl.where(part == 2, tl.where(more_above, 2 * above, 1 << 29), above)
+    again = (part == 2) & ((below < 1 << 29) | (above < 1 << 29))
+    part = tl.where(again, 1, tl.minimum(part + 1, 3))
     if D == 1:
         walking = live & (part < 3)
     elif D == 2:
@@ -108,11 +116,11 @@ def _visit(
         done = walking & (live == 0)  # with this slab
         if tl.max(done.to(tl.int32), axis=0) > 0:
             edge = tl.load(SLABS + slab_down + 1, mask=done & (slab_down >= 0) & (slab_down + 1 < slabs), other=inf)
-            below = tl.where(slab_down >= 0, tl.maximum(v_slab - edge, 0.0), inf)
-            above = tl.load(SLABS + slab_up, mask=done & (slab_up < slabs), other=inf)
-            above = tl.maximum(above - v_slab, 0.0)
-            upward = above < below
-            nearest = tl.minimum(above, below)
+            to_down = tl.where(slab_down >= 0, tl.maximum(v_slab - edge, 0.0), inf)
+            edge = tl.load(SLABS + slab_up, mask=done & (slab_up < slabs), other=inf)
+            to_up = tl.maximum(edge - v_slab, 0.0)
+            upward = to_up < to_down
+            nearest = tl.minimum(to_up, to_down)
             slab = tl.where(done, nearest * nearest, slab)
             base = tl.where(done, tl.where(upward, slab_up, slab_down) * stride, base)
             slab_up += (done & upward).to(tl.int32)
@@ -123,7 +131,7 @@ def _visit(
             down = tl.where(entered, middle, down)
             up = tl.where(entered, middle + 1, up)
             walking = live | entered
-    return lo, hi, live, (walking, part, slab, base, down, up, slab_down, slab_up)
+    return lo, hi, live, (walking, part, below, above, slab, base, down, up, slab_down, slab_up)
 
 
 @triton.jit
@@ -200,17 +208,20 @@ def strip_kernel(
     hi = tl.load(STARTS + own + 1, mask=asks, other=0)
     nothing = tl.zeros_like(y)
     place, place_end = _window(SORTED, lo, hi, y, nothing, nothing, last, nothing - 1.0)
-    home = (v_slab, v_strip, y, last, own, place)
 
     best = ()
     for s in tl.static_range(K):
         best = best + (tl.where(s < K - k, -inf, nothing + inf),)
     used = tl.zeros_like(i)
     late = asks & (used > 0)
-    where = (asks, tl.zeros_like(i), nothing, base, strip - 1, strip + 1, slab - 1, slab + 1)
+    # Near the end of a strip the surroundings are moved inward: they always hold 2 W points, if the strip does.
+    place = tl.maximum(tl.minimum(place, hi - W), lo + W)
+    home = (v_slab, v_strip, y, last, own, place)
+    around = tl.zeros_like(i) + W
+    where = (asks, tl.zeros_like(i), around, around, nothing, base, strip - 1, strip + 1, slab - 1, slab + 1)
     while tl.max(where[0].to(tl.int32), axis=0) > 0:
         tau = tl.minimum(best[K - 1], bound)
-        lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, W, D)
+        lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, D)
         used += tl.where(live, hi - lo + VISIT, 0)
         late = late | (used > budget)
         hi = tl.where(late, lo, hi)
@@ -230,9 +241,9 @@ def strip_kernel(
 
     out = KEYS + row.to(tl.int64) * k
     written, ties = tl.zeros_like(i), tl.zeros_like(i)
-    where = (asks, tl.zeros_like(i) + 3, nothing, base, strip, strip + 1, slab - 1, slab + 1)
+    where = (asks, tl.zeros_like(i) + 3, around, around, nothing, base, strip, strip + 1, slab - 1, slab + 1)
     while tl.max(where[0].to(tl.int32), axis=0) > 0:
-        lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, W, D)
+        lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, D)
         for t in range(0, tl.max(hi - lo, axis=0)):
             j = lo + t
             inside = j < hi
@@ -252,9 +263,9 @@ def strip_kernel(
         lowest = ()
         for _s in tl.static_range(K):
             lowest = lowest + (tl.zeros_like(i) + 0x7FFFFFFF,)
-        where = (crowded, tl.zeros_like(i) + 3, nothing, base, strip, strip + 1, slab - 1, slab + 1)
+        where = (crowded, tl.zeros_like(i) + 3, around, around, nothing, base, strip, strip + 1, slab - 1, slab + 1)
         while tl.max(where[0].to(tl.int32), axis=0) > 0:
-            lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, W, D)
+            lo, hi, live, where = _visit(where, home, tau, SORTED, STARTS, SLABS, STRIPS, slabs, stride, D)
             for t in range(0, tl.max(hi - lo, axis=0)):
                 j = lo + t
                 inside = j < hi
