@@ -44,7 +44,9 @@ def test_names_are_unique():
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("module, index", [c[:2] for c in CASES], ids=[str(c[2]) for c in CASES])
+@pytest.mark.parametrize("module, index", [
+    pytest.param(module, i, id=str(case), marks=pytest.mark.slow if case.slow else ()) for module, i, case in CASES
+])  # fmt: skip
 def test_compiles_without_spills(module, index, target, compiled):
     used = compiled[module, index, target].result()
     print(f"{used.registers} registers, {used.spills} spilled, {used.shared} bytes shared")

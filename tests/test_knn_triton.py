@@ -20,8 +20,7 @@ N = 61 if INTERPRETED else 3001
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 
 
-@pytest.fixture(autouse=True)
-def always_a_grid(monkeypatch):
+def small_grids(monkeypatch):
     """Grids for few points, with as many strips, levels and boxes as large ones have."""
     monkeypatch.setattr(package, "FEW_POINTS", 0)
     monkeypatch.setattr(package, "FEW_STEPS", 0)
@@ -32,6 +31,11 @@ def always_a_grid(monkeypatch):
         monkeypatch.setattr(cuts, "ROUNDING", 2)
         monkeypatch.setattr(cuts, "STRIP_DEPTH", {1: 0, 2: 3, 3: 3})
         monkeypatch.setattr(cuts, "SLAB_DEPTH", 12)
+
+
+@pytest.fixture(autouse=True)
+def always_a_grid(monkeypatch):
+    small_grids(monkeypatch)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ class Case:
     constants: dict[str, object]  # tl.constexpr arguments
     num_warps: int = 4
     options: dict = field(default_factory=lambda: dict(NO_SPILLS))  # what else the launcher passes to the compiler
+    slow: bool = False  # compiled in `make check` only
     amd: dict[str, object] = field(default_factory=dict)  # constants that are others there
 
     def __str__(self):

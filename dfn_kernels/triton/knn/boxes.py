@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .brute import EXACT
+from .brute import EXACT, JIT
 from .grid import SUPER, Grid, level_of_query
 
 PROGRAMS = 4096  # for a list whose length only the device knows
@@ -33,7 +33,7 @@ def _least_keys(EDGES, FIRST, pitch, at, inside, q, limit, D: tl.constexpr):
     return tl.where(inside & (d < inf) & (first <= limit), key, 0x7F800000FFFFFFFF)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def nearest_kernel(
     Q, LIST, COUNT, LQ,  # inputs: queries, rows to serve, how many rows, how many queries are in use
     POINTS, IDS, STARTS, EDGES, FIRST,  # inputs: the grid and its boxes

@@ -10,6 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
+# One compilation serves all sizes: without this there would be others for 1 and for multiples of 16.
+JIT = {"do_not_specialize": [
+    "N", "M", "k", "rows", "queries", "total", "slots", "pitch", "boxes", "C", "L", "slabs", "cells", "hash_bits",
+    "copies", "causal", "include_self", "warm", "budget",
+]}  # fmt: skip
 MOST_IN_REGISTERS = 64  # longest list that one thread keeps
 
 
@@ -156,7 +161,7 @@ def row_kernel(
         ties -= tl.sum(tie, axis=0)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def finish_kernel(
     KEYS,  # input keys [rows, k], output indices
     DISTS,  # output [rows, k]

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .brute import JIT
 from .cuts import Cuts, Layout, find_cuts
 
-ROW_BITS = 0xFFFFFFFF
+LOW_HALF = 0xFFFFFFFF
 SUPER = 64  # boxes in a box of boxes
 
 
@@ -74,7 +75,7 @@ def lower_edges_below(edges, n, v):
     return lo
 
 
-@triton.jit
+@triton.jit(**JIT)
 def cell_kernel(
     X, LX, AXES, SLABS, STRIPS, STRIDE,  # inputs: points or queries, how many are in use, the cuts
     KEYS,  # output
@@ -120,7 +121,7 @@ def cell_kernel(
     tl.store(KEYS + t, key, mask=t < total)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def place_kernel(
     X, KEYS, ORDER,  # inputs: points, sorted keys, the slots they come from
     NEW,  # output: 1 where a place begins
@@ -143,7 +144,7 @@ def place_kernel(
     tl.store(NEW + t, (again == 0).to(tl.int32), mask=here)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def mark_kernel(
     KEYS, ORDER, PLACE,  # inputs; PLACE: number of the place
     MARKS,  # output [total + 1]: after a 0, 1 where a point is kept, and 2^32 where it is a query of this segment
@@ -164,7 +165,7 @@ def mark_kernel(
     tl.store(MARKS + t, tl.zeros((BM,), tl.int64), mask=t == 0)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def pack_kernel(
     X, ORDER, BEFORE, AXES,  # inputs; BEFORE: running sums of the marks
     POINTS, SORTED, IDS, ROWS,  # outputs
@@ -191,7 +192,7 @@ def pack_kernel(
     tl.store(ROWS + (start >> 32), b * rows + i, mask=here & ((marks >> 32) == 1))
 
 
-@triton.jit
+@triton.jit(**JIT)
 def box_kernel(
     POINTS, IDS, STARTS,  # inputs
     EDGES, FIRST,  # outputs [2, D, pitch], [pitch]
@@ -251,8 +252,7 @@ def build(points: Tensor, lengths: Tensor | None, layout: Layout, copies: int) -
     offset = offset.view(G, 1)
     edges = torch.arange(G * (layout.cells + 1), device=device) << 32 + hash_bits
     at = torch.searchsorted(keys, edges).view(G, -1)
-    kept = before & ROW_BITS
-    starts = (offset + kept[at] - kept[offset]).int()
+    starts = (offset + (before[at] & LOW_HALF) - (before[offset] & LOW_HALF)).int()
 
     boxes = triton.cdiv(total // layout.box, SUPER) * SUPER
     pitch = boxes + boxes // SUPER

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .brute import EXACT
+from .brute import EXACT, JIT
 from .grid import Grid, level_of_query, lower_edges_below
 
 VISIT = 16  # steps that a visit to a strip counts for, besides its candidates
@@ -149,7 +149,7 @@ def _bubble(best, c, K: tl.constexpr):
     return bubbled
 
 
-@triton.jit
+@triton.jit(**JIT)
 def strip_kernel(
     Q, ROWS, LQ, BOUND,  # inputs: queries, the order to serve them in, how many are in use, from the warm start
     POINTS, SORTED, IDS, STARTS, AXES, SLABS, STRIPS, STRIDE,  # inputs: the grid
@@ -288,7 +288,7 @@ def strip_kernel(
         tl.store(LIST + to, row, mask=late)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def warm_kernel(
     P, Q, WARM,  # inputs: points [B, N, D], queries [B, M, D], their supposed neighbours [B, M, k]
     BOUND,  # output [B, M]
