@@ -84,6 +84,15 @@ def test_boxes_serve_what_strips_leave(D, monkeypatch, left):
     assert left[0] > n / 2
 
 
+def test_positions_that_share_a_hash(monkeypatch):
+    """Fewer copies are dropped then, but never another position."""
+    monkeypatch.setattr(grid, "HASH_BITS", 1)
+    positions = torch.randint(3, (N, 2), device=DEVICE).float()
+    positions[:, 1] *= 10  # sorted along this axis, three positions of each value in one strip
+    monkeypatch.setattr(cuts, "STRIP_DEPTH", {1: 0, 2: N, 3: N})
+    check(positions, 2)
+
+
 def test_batches_and_lengths(left):
     n = N // 2
     positions = torch.randn(4, n, 3, device=DEVICE)

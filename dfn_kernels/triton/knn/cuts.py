@@ -92,12 +92,11 @@ def find_cuts(points: Tensor, lengths: Tensor | None, layout: Layout) -> Cuts:
 
     slab_cuts = torch.full((G, layout.slabs), -torch.inf, device=device)
     strip_cuts = torch.full((G, layout.cells), -torch.inf, device=device)
-    if D == 3:
+    slab = torch.zeros_like(valid)  # of each point of the sample
+    if layout.slabs > 1:
         slab_cuts[:, 1:] = _slab_cuts(along(columns, 2), valid, slabs, layout)
+        slab = torch.searchsorted(slab_cuts[:, 1:].contiguous(), along(sample, 2).contiguous(), right=True)
     if D > 1:
-        slab = valid.new_zeros(()) if D < 3 else torch.searchsorted(
-            slab_cuts[:, 1:].contiguous(), along(sample, 2).contiguous(), right=True
-        )  # fmt: skip
         strip_cuts = _strip_cuts(along(sample, 1), slab, slabs, stride, layout)
     axes = torch.cat([axes, axes, axes], 1)[:, :3].int().contiguous()
     return Cuts(axes, slab_cuts, strip_cuts, stride.view(G).int())

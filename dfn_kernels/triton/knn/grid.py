@@ -18,6 +18,7 @@ from .brute import JIT
 from .cuts import Cuts, Layout, find_cuts
 
 LOW_HALF = 0xFFFFFFFF
+HASH_BITS = 24  # at most; fewer if there are many strips
 SUPER = 64  # boxes in a box of boxes
 
 
@@ -236,7 +237,7 @@ def build(points: Tensor, lengths: Tensor | None, layout: Layout, copies: int) -
     cuts = find_cuts(points, lengths, layout)
     G, total = layout.segments, B * layout.slots
     sizes = N, layout.slots, layout.C, layout.levels
-    hash_bits = min(24, 31 - (G * (layout.cells + 1)).bit_length())
+    hash_bits = min(HASH_BITS, 31 - (G * (layout.cells + 1)).bit_length())
     keys, order = _keys(points, lengths, layout, cuts, hash_bits, False).sort(stable=True)
     blocks = (triton.cdiv(total, BM),)
     new = torch.empty(total, dtype=torch.int32, device=device)
