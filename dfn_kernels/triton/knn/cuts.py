@@ -4,7 +4,8 @@ Everything happens on the device, in shapes that depend on sizes alone: nothing 
 Where the cuts fall decides how fast a search is, never what it finds.
 
 D = 1: one strip. D = 2: strips along the shorter axis. D = 3: slabs along the shortest axis, strips in each of them.
-Inside a strip the points are sorted along the longest axis. Each segment, a prefix of one batch, has its own cuts.
+Inside a strip the points are sorted along the longest axis, of those that have many different values. Each segment, a
+prefix of one batch, has its own cuts.
 """
 
 import math
@@ -18,6 +19,7 @@ ROUNDING = 8  # causal: prefixes are multiples of a box, and rounding up adds at
 STRIP_DEPTH = {1: 0, 2: 64, 3: 32}  # points in a strip, at least, on average
 SLAB_DEPTH = 1024  # points in a slab, at least
 SAMPLE = {1: 1 << 10, 2: 1 << 13, 3: 1 << 15}
+FEW_VALUES = 64  # different ones in the sample
 STRIP_WIDTH = 1.3  # in radii of the ball that holds k points on average
 
 
@@ -83,7 +85,10 @@ def find_cuts(points: Tensor, lengths: Tensor | None, layout: Layout) -> Cuts:
     sample, valid, count = _sample(points, lengths, layout)
     columns = sample.sort(dim=1).values  # [G, s, D]
     lengths_of_axes = _lengths(columns, valid)
-    axes = lengths_of_axes.argsort(dim=1, descending=True, stable=True)
+    # Sorting along an axis with few values would leave many points in one place: such axes are cut instead.
+    coarse = (columns[:, 1:] > columns[:, :-1]).sum(1) < FEW_VALUES
+    rank = torch.where(coarse, 1e-9 * lengths_of_axes, lengths_of_axes)
+    axes = rank.argsort(dim=1, descending=True, stable=True)
     spans = lengths_of_axes.gather(1, axes)
     slabs, stride = _parts(spans, count, layout)  # [G, 1]
 
@@ -140,13 +145,12 @@ def _parts(spans: Tensor, count: Tensor, layout: Layout) -> tuple[Tensor, Tensor
     one = torch.ones_like(count)
     if layout.D == 1:
         return one.long(), one.long()
-    longest = spans[:, :1]
-    flat = (spans[:, 1:2] / longest).nan_to_num(0)
-    width = longest * (layout.k * flat / (math.pi * count)).sqrt()
+    area = spans[:, :1] * spans[:, 1:2]
+    width = (layout.k * area / (math.pi * count)).sqrt()
     slabs = one
     if layout.D == 3:
-        volume = flat * (spans[:, 2:3] / longest).nan_to_num(0)
-        in_space = longest * (layout.k * volume / (math.pi * 4 / 3 * count)).pow(1 / 3)
+        volume = area * spans[:, 2:3]
+        in_space = (layout.k * volume / (math.pi * 4 / 3 * count)).pow(1 / 3)
         deep = spans[:, 2:3] > 2 * in_space
         slabs = torch.where(deep, spans[:, 2:3] / (STRIP_WIDTH * in_space), one)
         slabs = slabs.nan_to_num(1).clamp(1, layout.slabs).floor()
