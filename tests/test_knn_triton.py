@@ -199,7 +199,7 @@ class _OneDevice(TorchDispatchMode):
 def test_nothing_waits_for_the_device(k, causal, others, monkeypatch):
     """On meta tensors, which have no values: whatever needs one on the host, or in a shape, fails. So a CUDA graph can
     capture a search."""
-    for module in (package.brute, grid, strips, boxes):
+    for module in (package.brute, grid, strips, boxes, package.warm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, _NoLaunch())
     for D in (1, 2, 3):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import torch
 
-from dfn_kernels.triton.knn import boxes, brute, grid, strips
+from dfn_kernels.triton.knn import boxes, brute, grid, strips, warm
 
 from . import POINTER, Case
 
@@ -58,7 +58,7 @@ def grid_cases():
         for box in (64, 128, 256, 512, 1024):
             yield Case(grid.box_kernel, GRID, {"D": D, "BOX": box}, num_warps=1)
         types = {"P": FLOAT, "Q": FLOAT, "BOUND": FLOAT, "WARM": LONG}
-        yield Case(strips.warm_kernel, types, {"D": D, "BM": 128}, options=brute.EXACT)
+        yield Case(warm.warm_kernel, types, {"D": D, "BM": 128}, options=brute.EXACT)
 
 
 def search_cases():

@@ -3,6 +3,7 @@
 - brute.py: every query against every point; few points, more than three dimensions, float64.
 - cuts.py, grid.py: the points sorted into strips of equal depth.
 - strips.py: one query per lane walks over strips; k to 64.
+- warm.py: what neighbours of the last step tell about this one.
 - boxes.py: one query per program searches bounding boxes; longer lists, and what strips leave.
 
 Nothing waits for the device and every shape depends on sizes alone, so a CUDA graph can capture a search. Compiled
@@ -18,6 +19,7 @@ from . import boxes, brute, strips
 from .brute import MOST_IN_REGISTERS, finish, list_length
 from .cuts import Layout
 from .grid import Grid, build, in_order
+from .warm import bound_by
 
 # Below, every query is compared with every point. Derived, not measured: the instructions of a comparison, 2 K to pass
 # a candidate through the list and about 20 more, against 0.1 ms, which building a grid takes, at 3e13 a second.
@@ -55,7 +57,7 @@ def knn(
         keys = torch.empty(B, M, k, dtype=torch.int64, device=points.device)
         boxes.search(queries, rows, torch.full_like(rows[:1], B * M), query_lengths, grid, causal, include_self, keys)
         return finish(keys, ordered=True)
-    bound = None if warm is None else strips.bound_by(warm, points, queries)
+    bound = None if warm is None else bound_by(warm, points, queries)
     keys, left, count = strips.search(queries, rows, query_lengths, bound, grid, k, K, causal, include_self)
     boxes.search(queries, left, count, query_lengths, grid, causal, include_self, keys)
     return finish(keys, ordered=False)
