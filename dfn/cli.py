@@ -200,7 +200,7 @@ def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
     only(given, "steps", "batch", "dim", "layers", "lr")
     found = [run_recall(m, p, range(arguments.seeds), **given) for p in arguments.pairs for m in MODELS]
     shown = ("model", "parameters", "pairs", "seed", "steps", "accuracy", "steps_to_99", "seconds")
-    return [{name: r[name] for name in shown} for results in found for r in results]
+    return [{name: "-" if r[name] is None else r[name] for name in shown} for results in found for r in results]
 
 
 def memory(given: dict, _) -> dict:
@@ -239,7 +239,7 @@ def show(figures: dict | list[dict]) -> None:
         return
     print("".join(f"{name:>12}" for name in figures[0]))
     for row in figures:
-        print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x:>12}" for x in row.values()))
+        print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x!s:>12}" for x in row.values()))
 
 
 def warn(text: str) -> None:
