@@ -52,7 +52,7 @@ def hostile(n: int, D: int) -> None:
     show(f"D={D} uniform", uniform, uniform, "x uniform")
     show(f"D={D} uniform, causal", causal, uniform, "x uniform plain")
     for name in point_sets.NAMES:
-        if name not in ("uniform", "underflowing"):
+        if name != "uniform":
             p = point_sets.points(name, n, D)
             show(f"D={D} {name}", best(lambda p=p: dk.knn(p, 16), 2), uniform, "x uniform")
             show(f"D={D} {name}, causal", best(lambda p=p: dk.knn(p, 16, causal=True), 2), causal, "x uniform causal")
@@ -116,9 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=1_000_000)
     parser.add_argument("--only", nargs="*", default=["scipy", "hostile", "growth", "memory", "streaming"])
+    parser.add_argument("--dims", type=int, nargs="*", default=[2, 3])
     given = parser.parse_args()
     torch.manual_seed(0)
-    for D in (2, 3):
+    for D in given.dims:
         if "scipy" in given.only:
             for n, k in ((given.n, 16), (given.n, 64), (10_000, 16)):
                 against_scipy(n, k, D, 3 if n > 1e5 else 30)

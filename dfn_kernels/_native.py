@@ -1,6 +1,7 @@
 """Loads the compiled operator libraries beside this file and remembers why one is missing."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -8,8 +9,10 @@ import torch
 _HOW_TO_BUILD = "build it with `make env`, or `pip install --no-build-isolation .` from the source tree"
 
 
-# Elsewhere for a build with sanitizers, see `make check`.
+# Elsewhere for a build with sanitizers, see `make sanitize`.
 _FOLDER = Path(os.environ.get("DFN_LIBRARY_DIR") or Path(__file__).parent)
+if _FOLDER != Path(__file__).parent:
+    sys.modules[__package__].__path__.insert(0, str(_FOLDER))  # so that `_host` is found there, too
 
 
 def _load(name: str) -> str | None:

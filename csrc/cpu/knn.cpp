@@ -69,9 +69,9 @@ void fill(knn::Request<T>& r, int64_t from, int64_t rows) {
   std::fill(r.dists + from * r.k, r.dists + rows * r.k, std::numeric_limits<T>::infinity());
 }
 
-// Grids that a KNNIndex has had built, one per batch entry; null where a grid does not pay.
+// What a KNNIndex has had built, one per batch entry; null where a grid does not pay.
 template <class T>
-using Grids = std::vector<std::unique_ptr<knn::BuiltGrid<T>>>;
+using Grids = std::vector<std::unique_ptr<knn::Prepared<T>>>;
 
 struct Index {
   Tensor points;
@@ -107,10 +107,7 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const std::
       warm_bounds(r, static_cast<const int64_t*>(warm->data_ptr()) + b * M * k, bound.data(), threads);
       r.bound = bound.data();
     }
-    if (grids && (*grids)[b] && !causal)
-      knn::search(r, *(*grids)[b], threads);
-    else
-      knn::search(r, threads);
+    knn::search(r, grids ? (*grids)[b].get() : nullptr, threads);
     fill(r, r.m, M);
   };
   // Many small sets: one thread each. Few or large ones: all threads on each in turn.
@@ -164,14 +161,12 @@ template <class T>
 Grids<T> grids_of(const Tensor& points, const std::optional<Tensor>& lengths) {
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
   const knn::Pool pool = torch_pool();
-  const knn::ExactFloats exact;
   Grids<T> grids(B);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t n = length_of(lengths, b, N);
     if (!knn::worth_a_grid(n, static_cast<int>(D))) continue;
     const knn::Rows<T> rows{static_cast<const T*>(points.data_ptr()) + b * N * D, n, static_cast<int>(D)};
-    const knn::Cuts<T>* own = nullptr;
-    grids[b] = std::make_unique<knn::BuiltGrid<T>>(knn::build_grid(rows, 16, false, own, pool));
+    grids[b] = std::make_unique<knn::Prepared<T>>(rows, pool);
   }
   return grids;
 }

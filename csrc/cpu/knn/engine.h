@@ -5,6 +5,9 @@
 // finite or its distance overflows.
 #pragma once
 
+#include <mutex>
+#include <vector>
+
 #include "cpu/knn/grid.h"
 #include "cpu/knn/parallel.h"
 #include "cpu/knn/types.h"
@@ -27,14 +30,31 @@ struct Request {
   T* dists;             // [m][k]
 };
 
-template <class T>
-void search(const Request<T>& request, const Pool& pool);
-
-// Can a grid of n such points, built with self = false, serve searches that are not causal?
+// Do n such points pay for a grid at all?
 bool worth_a_grid(int64_t n, int dims);
 
-// The same search with a grid of the points that was built before; not causal.
+// The grids of points that will be searched again and again: that of all points is built at once, those of the prefixes
+// on the first causal search. The rows must stay where and what they are. Safe from several threads.
 template <class T>
-void search(const Request<T>& request, const BuiltGrid<T>& grid, const Pool& pool);
+class Prepared {
+ public:
+  Prepared(const Rows<T>& rows, const Pool& pool);
+
+  int64_t size() const { return rows_.n; }
+  double zero_share() const { return zero_share_; }
+  // Of the first n / 2^level points.
+  const BuiltGrid<T>& prefix(size_t level, const Pool& pool);
+
+ private:
+  Rows<T> rows_;
+  double zero_share_;
+  BuiltGrid<T> all_;
+  std::mutex mutex_;
+  std::vector<BuiltGrid<T>> halves_;  // of n/2, n/4, ... points; filled once, all of them
+};
+
+// `made`: null, or the prepared points of the request; the result is the same.
+template <class T>
+void search(const Request<T>& request, Prepared<T>* made, const Pool& pool);
 
 }  // namespace dfn::knn

@@ -39,7 +39,8 @@ template <class T>
 struct Search {
   const Grid<T>* points;
   const Grid<T>* queries;
-  uint32_t first_query;  // queries with a lower id are skipped (causal levels)
+  uint32_t first_query;  // queries with a lower id are skipped
+  bool unfinished;       // so are queries whose k-th distance in the output is zero
   Mask mask;
   bool self_allowed;     // for Mask::limit: limit = id, else id - 1
   int k;                 // columns of the output
@@ -48,7 +49,7 @@ struct Search {
   T* out_dists;          // [ids][k]
 };
 
-// Memory of one worker, see Scratches in engine.cpp.
+// Memory of one worker, see Workspace in knn_engine.cpp.
 struct Scratch {
   void* best;            // [2][K][8] keys
   void* pending;         // [2][max(K, 8) + 8][8] distances
