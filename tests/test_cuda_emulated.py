@@ -246,7 +246,7 @@ SWAPS = {
     "a warp's dots left out": (" + others[2 * kRows]", ""),
     "a split left out": ("for (int64_t split = 0; split < plan.splits", "for (int64_t split = 1; split < plan.splits"),
     "list of another tile": ("g.tile_patterns[m * g.P + at]", "g.tile_patterns[at]"),
-    "order forgotten": ("g.order ? static_cast<int>(g.order[row0 + int64_t{row}]) : ", ""),
+    "order forgotten": ("g.order ? g.order[at] : ", ""),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // The widest copy that every row starts at a multiple of.
 int width_of(const void* data, int64_t stride, int64_t other_stride = 0) {
-  const uint64_t places = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(2 * stride) | static_cast<uint64_t>(2 * other_stride);
+  const uint64_t places = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(2 * stride | 2 * other_stride);
   return places % 16 == 0 ? 16 : places % 8 == 0 ? 8 : places % 4 == 0 ? 4 : 2;
 }
 
@@ -33,7 +33,8 @@ Plan plan_sm80(const Problem& g) {
   Plan plan{1, tiles(g.N, sm80::kColumns)};
   int64_t least = INT64_MAX;
   for (int64_t splits = 1; splits <= g.P && (splits == 1 || blocks * (splits - 1) < processors); ++splits) {
-    const int64_t cost = tiles(blocks * splits, processors) * tiles(g.P, splits) * (g.K + pattern_cost) + (splits > 1 ? split_cost : 0);
+    const int64_t patterns = tiles(blocks * splits, processors) * tiles(g.P, splits);  // of the busiest multiprocessor
+    const int64_t cost = patterns * (g.K + pattern_cost) + (splits > 1 ? split_cost : 0);
     if (cost < least) least = cost, plan.splits = splits;
   }
   return plan;
@@ -41,7 +42,8 @@ Plan plan_sm80(const Problem& g) {
 
 void route_sm80(const Problem& g, const Plan& plan) {
   const sm80::Widths widths{width_of(g.left, g.left_stride), width_of(g.patterns, g.row_stride, g.pattern_stride)};
-  const Grid grid{tiles(g.T, sm80::kRows) * tiles(g.N, sm80::kColumns) * plan.splits, sm80::kThreads, sm80::kSharedBytes, g.stream};
+  const int64_t blocks = tiles(g.T, sm80::kRows) * tiles(g.N, sm80::kColumns) * plan.splits;
+  const Grid grid{blocks, sm80::kThreads, sm80::kSharedBytes, g.stream};
   by_dtype(g, [&](auto v, auto y) {
     using V = decltype(v);
     using Y = decltype(y);

@@ -86,7 +86,8 @@ struct Tile {
   int first, end;     // its patterns, or their places in the tile's list
 
   __device__ Tile(const Problem& g, const Plan& plan) {
-    const unsigned columns = static_cast<unsigned>((g.N + kColumns - 1) / kColumns), splits = static_cast<unsigned>(plan.splits);
+    const unsigned columns = static_cast<unsigned>((g.N + kColumns - 1) / kColumns);
+    const unsigned splits = static_cast<unsigned>(plan.splits);
     column = blockIdx.x % columns;
     split = blockIdx.x / columns % splits;
     m = blockIdx.x / columns / splits;
@@ -99,7 +100,8 @@ struct Tile {
   __device__ int pattern(const Problem& g, int at) const { return g.tile_patterns ? g.tile_patterns[m * g.P + at] : at; }
   // The token of a row of the tile; -1 beyond the last.
   __device__ int token(const Problem& g, unsigned row) const {
-    return row0 + int64_t{row} >= g.T ? -1 : g.order ? static_cast<int>(g.order[row0 + int64_t{row}]) : static_cast<int>(row0 + row);
+    const int64_t at = row0 + int64_t{row};
+    return static_cast<int>(at >= g.T ? -1 : g.order ? g.order[at] : at);
   }
 };
 
@@ -140,7 +142,7 @@ struct Loader {
       }
       {
         const unsigned row = thread / kRightChunks, c = thread % kRightChunks;
-        const int o = Backward ? k0 + row : tile.column0 + row, e = (Backward ? tile.column0 : k0) + c * kChunk;  // in the pattern
+        const int o = (Backward ? k0 : tile.column0) + row, e = (Backward ? tile.column0 : k0) + c * kChunk;
         const int O = Backward ? K : N, I = Backward ? N : K;
         const V* pattern = static_cast<const V*>(g.patterns) + p * g.pattern_stride;
         char* to = memory + kRightAt + stage * kOperandBytes + chunk_at<kRightChunks>(row, c);
@@ -308,7 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1) tokens_kernel(const __grid_consta
 
 // y = the sum of the splits in order, and bias.
 template <class Y>
-__global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_constant__ Problem g, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_constant__ Problem g,
+                                                              const __grid_constant__ Plan plan) {
   const int64_t e = blockIdx.x * int64_t{kThreads} + threadIdx.x, size = g.T * g.N;
   if (e >= size) return;
   float sum = 0;
