@@ -234,6 +234,7 @@ CASES = [
     _gather_case(1, 1, 32_768, 3, 64, 16),
     _gather_case(1, 1, 32_768, 3, 256, 16),
     _gather_case(1, 1, 262_144, 3, 64, 16),
+    _gather_case(1, 1, 262_144, 3, 256, 16),
     Case("flow_attention", dict(B=1, H=4, N=32_768, D=3, d=256, k=16), make_attention, our_attention,
          {"causal SDPA, same d": peers.sdpa}, grads=("states", "positions", "flow_weight", "values", "sigma"),
          small=dict(B=2, H=2, N=131, D=3, d=26, k=5), other_work=("causal SDPA, same d",)),

@@ -6,6 +6,7 @@ from .field_sample import field_sample
 from .flow_attention import flow_attention
 from .flow_drift import Drift, FlowDriftFunction, flow_drift
 from .flow_norm import FlowNormFunction, flow_norm
+from .gather_plan import GatherPlan, gather_plan
 from .gaussian_gather import GaussianGatherFunction, gaussian_gather
 from .knn import KnnFunction, KNNIndex, Neighbors, knn
 from .low_rank_route import low_rank_route
@@ -20,6 +21,7 @@ __all__ = [
     "Drift",
     "FlowDriftFunction",
     "FlowNormFunction",
+    "GatherPlan",
     "GaussianGatherFunction",
     "KNNIndex",
     "KnnFunction",
@@ -32,6 +34,7 @@ __all__ = [
     "flow_attention",
     "flow_drift",
     "flow_norm",
+    "gather_plan",
     "gaussian_gather",
     "knn",
     "low_rank_route",

@@ -6,7 +6,8 @@ from torch import Tensor
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, is_number, same_device
 from .flow_drift import Drift, flow_drift
-from .gaussian_gather import gaussian_gather
+from .gather_plan import GatherPlan
+from .gaussian_gather import gather_heads
 from .knn import MOST_NEIGHBORS, Neighbors
 from .knn import _search as search
 from .reference.flow_attention import flow_attention as reference
@@ -259,12 +260,12 @@ def flow_attention(
         known = None if warm is None else warm[0].reshape(B, H, N, k)
         neighbors = _search(drift.positions, queries, extra_positions, k, causal, include_self, lengths, known)
         points = drift.positions
+        queries = points if queries is None else queries
         if extra_positions is not None:
             influence = _with_extra(influence, extra_influence, points, extra_positions)
-            queries = points if queries is None else queries
             points, values = torch.cat([points, extra_positions], 2), torch.cat([values, extra_values], 2)
-        context = gaussian_gather(
-            points, values, neighbors.indices, sigma, influence=influence, query_positions=queries, normalize=normalize
+        context = gather_heads(
+            points, queries, values, GatherPlan(neighbors.indices), sigma, influence, normalize, neighbors.sq_dists
         )
 
     def strip(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from . import _backends
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call
+from .gather_plan import GatherPlan, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather")
@@ -68,14 +69,21 @@ def _op(
     positions: Tensor,  # [B, H, N, D]
     queries: Tensor,  # [B, H, M, D]
     values: Tensor,  # [B, H, N, c]
-    indices: Tensor,  # [B, H, M, k]
+    indices: Tensor,  # [B, H, M, k]; [B, 1, M, k] if the heads share them
     sigma: Tensor,  # [H]
     influence: Tensor | None,  # [B, H, N]
     normalize: bool,
     backend: str,
+    sq_dists: Tensor | None = None,  # [B, H, M, k] |q - p|^2, if a search knows them; their gradient is the positions'
+    query_order: Tensor | None = None,  # this and the next three: see GatherPlan
+    entity_order: Tensor | None = None,
+    starts: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> Tensor:  # [B, H, M, c]
-    return _launcher(backend, positions).gaussian_gather(
-        *_dense(positions, queries, values, indices, sigma, influence), normalize
+    return _launcher(backend).gaussian_gather(
+        *_dense(positions, queries, values, indices, sigma, influence),
+        *_dense_or_none(sq_dists, query_order),
+        normalize,
     )
 
 
@@ -91,10 +99,16 @@ def _backward_op(
     normalize: bool,
     wanted: int,  # sum of the bits of WANTED
     backend: str,
+    sq_dists: Tensor | None = None,
+    query_order: Tensor | None = None,
+    entity_order: Tensor | None = None,
+    starts: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
-    return _launcher(backend, positions).gaussian_gather_backward(
-        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence), normalize, wanted
-    )
+    return _launcher(backend, backward=True).gaussian_gather_backward(
+        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
+        *_dense_or_none(sq_dists, query_order, entity_order, starts, edges), normalize, wanted,
+    )  # fmt: skip
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -104,13 +118,13 @@ def empty_rows(like: Tensor, B: int, H: int, n: int, c: int) -> Tensor:
 
 
 @_op.register_fake
-def _(positions, queries, values, indices, sigma, influence, normalize, backend):
-    B, H, M, _ = indices.shape
-    return empty_rows(values, B, H, M, values.shape[-1])
+def _(positions, queries, values, indices, sigma, influence, normalize, backend, *reuse):
+    B, H, _, c = values.shape
+    return empty_rows(values, B, H, indices.shape[2], c)
 
 
 @_backward_op.register_fake
-def _(grad, positions, queries, values, indices, sigma, influence, normalize, wanted, backend):
+def _(grad, positions, queries, values, indices, sigma, influence, normalize, wanted, backend, *reuse):
     return (
         positions.new_empty(positions.shape if wanted & WANTED["positions"] else 0),
         queries.new_empty(queries.shape if wanted & WANTED["queries"] else 0),
@@ -121,11 +135,11 @@ def _(grad, positions, queries, values, indices, sigma, influence, normalize, wa
 
 
 # ---- backends: both have the same two functions ---------------------------------------------------------------------
-def _launcher(backend: str, positions: Tensor):
+def _launcher(backend: str, backward: bool = False):
     if backend == "triton":
-        from .triton import gaussian_gather
+        from .triton import gaussian_gather, gaussian_gather_backward
 
-        return gaussian_gather
+        return gaussian_gather_backward if backward else gaussian_gather
     return torch.ops.dfn_cpu
 
 
@@ -134,8 +148,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _indices(x: Tensor) -> Tensor:
-    """Dense; [B, 1, M, k] where the heads share them (an expanded tensor), so that they are prepared once."""
-    return (x[:, :1] if x.shape[1] > 1 and x.stride(1) == 0 else x).contiguous()
+    """Dense; [B, 1, M, k] where they are expanded over the heads, so that they are prepared once."""
+    return (x[:, :1] if shared_heads(x) else x).contiguous()
 
 
 def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
@@ -145,8 +159,12 @@ def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
         _dense_rows(values),
         _indices(indices),
         sigma.contiguous(),
-        None if influence is None else influence.contiguous(),
+        *_dense_or_none(influence),
     )
+
+
+def _dense_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
@@ -155,17 +173,18 @@ class _BackwardFunction(OpFunction):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.normalize, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.normalize, ctx.backend = inputs[:8]
+    ctx.save_for_backward(*tensors, *inputs[8:])
 
 
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
     wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
-    grads = call(_backward_op, _BackwardFunction, grad, *ctx.saved_tensors, ctx.normalize, wanted, ctx.backend)
+    tensors, reuse = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    grads = call(_backward_op, _BackwardFunction, grad, *tensors, ctx.normalize, wanted, ctx.backend, *reuse)
     grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
-    return *grads[:3], None, *grads[3:], None, None
+    return *grads[:3], None, *grads[3:], *(None,) * 7
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -182,11 +201,45 @@ class GaussianGatherFunction(OpFunction):
     backward = staticmethod(_backward)
 
 
+# ---- from [B, H, ..] on, without checks: what flow_attention calls, too ---------------------------------------------
+def gather_heads(
+    positions: Tensor, queries: Tensor, values: Tensor, plan: GatherPlan, sigma: float | Tensor,
+    influence: Tensor | None, normalize: bool, sq_dists: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The op on everything [B, H, ..]. A plan without orders and lists is one of indices alone."""
+    B, H, N, c = values.shape
+    real, out_dtype = compute_dtype(positions, values, queries), values.dtype
+    own = queries is positions
+    positions = positions.to(real)
+    queries = positions if own else queries.to(real)
+    if influence is not None:
+        influence = influence.to(real).expand(B, H, N)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.to(real).expand(H)
+    else:
+        sigma = torch.full((H,), sigma, dtype=real, device=values.device)
+    if real == torch.float64:
+        values = values.double()
+
+    backend = _backends.choose(OP, values.device.type)
+    if backend == "reference":
+        return reference(positions, queries, values, plan.indices, sigma, influence, normalize).to(out_dtype)
+    reuse = plan[1:5] if plan.backend == backend else (None,) * 4
+    # Once, for the forward and the backward pass; on a GPU only beside a search, which costs more than the sort.
+    if reuse[0] is None and (backend == "native" or sq_dists is not None):
+        reuse = spatial_order(queries, plan.indices, c * values.itemsize, backend), None, None, None
+    if sq_dists is not None:
+        sq_dists = sq_dists.detach() if sq_dists.dtype == real else None
+    indices = plan.indices[:, :1] if shared_heads(plan.indices) else plan.indices
+    arguments = positions, queries, values, indices, sigma, influence, normalize, backend, sq_dists, *reuse
+    return call(_op, GaussianGatherFunction, *arguments).to(out_dtype)
+
+
 # ---- public ---------------------------------------------------------------------------------------------------------
 def gaussian_gather(
     positions: Tensor,
     values: Tensor,
-    indices: Tensor,
+    indices: Tensor | GatherPlan,
     sigma: float | Tensor,
     *,
     influence: Tensor | None = None,
@@ -204,7 +257,7 @@ def gaussian_gather(
         positions: p, ``[N, D]``, ``[B, N, D]`` or, with heads, ``[B, H, N, D]``. float16, bfloat16, float32 or float64.
         values: v, ``[.., N, c]``, leading dims as in positions. Under autocast they are cast to its dtype.
         indices: int64 ``[.., M, k]``, as `knn` returns them. -1 is padding. Another index outside [0, N) raises
-            IndexError on the CPU and counts as padding on a GPU.
+            IndexError on the CPU and counts as padding on a GPU. Or what `gather_plan` made of them, for several calls.
         sigma: width of the Gaussian: a positive float, a 0-d tensor, or one per head, ``[H]``. A tensor's sign is not
             checked.
         influence: w, ``[B, N]`` (shared by the heads) or ``[B, H, N]``; 1 without it. May be 0 or negative.
@@ -229,33 +282,14 @@ def gaussian_gather(
     tensor([[2.2131],
             [2.0000]])
     """
-    _check(positions, values, indices, sigma, influence, query_positions)
+    plan = indices if isinstance(indices, GatherPlan) else GatherPlan(indices)
+    _check(positions, values, plan.indices, sigma, influence, query_positions)
     lead = values.ndim - 2
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype != torch.float64:
         values = values.to(torch.get_autocast_dtype(device))
-    real = compute_dtype(positions, values, query_positions)
-    out_dtype = values.dtype
-
-    values = _as_bhn(values, lead, 2)
-    B, H, N, _ = values.shape
-    positions = _as_bhn(positions.to(real), lead, 2)
-    queries = positions if query_positions is None else _as_bhn(query_positions.to(real), lead, 2)
-    indices = _as_bhn(indices, lead, 2)
-    if influence is not None:
-        influence = _as_bhn(influence.to(real), lead, 1).expand(B, H, N)
-    if isinstance(sigma, Tensor):
-        sigma = sigma.to(real).expand(H)
-    else:
-        sigma = torch.full((H,), sigma, dtype=real, device=values.device)
-    if real == torch.float64:
-        values = values.double()
-
-    backend = _backends.choose(OP, device)
-    if backend == "reference":
-        out = reference(positions, queries, values, indices, sigma, influence, normalize)
-    else:
-        arguments = positions, queries, values, indices, sigma, influence, normalize
-        out = call(_op, GaussianGatherFunction, *arguments, backend)
-    out = out.to(out_dtype)
+    values, positions = _as_bhn(values, lead, 2), _as_bhn(positions, lead, 2)
+    queries = positions if query_positions is None else _as_bhn(query_positions, lead, 2)
+    plan = plan._replace(indices=_as_bhn(plan.indices, lead, 2))
+    out = gather_heads(positions, queries, values, plan, sigma, _as_bhn(influence, lead, 1), normalize)
     return out if lead == 2 else out[:, 0] if lead == 1 else out[0, 0]

@@ -1,5 +1,6 @@
 """What the op tests share: where they run, and what counts as close enough (DESIGN.md, Numbers)."""
 
+import itertools
 import os
 
 import torch
@@ -95,3 +96,21 @@ def bits(x: Tensor) -> Tensor:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+
+
+def pairs(options: dict[str, tuple]) -> list[dict]:
+    """Settings in which every two choices of two options meet at least once, greedily few."""
+    names = list(options)
+    open_pairs = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]}
+    rows = []
+    while open_pairs:
+        (a, x), (b, y) = min(open_pairs, key=str)
+        row = {a: x, b: y}
+        for name in names:
+            if name not in row:
+                row[name] = max(options[name], key=lambda choice, name=name, row=row: sum(
+                    tuple(sorted([(name, choice), other], key=lambda p: names.index(p[0]))) in open_pairs
+                    for other in row.items()))  # fmt: skip
+        open_pairs -= set(itertools.combinations([(n, row[n]) for n in names], 2))
+        rows.append(row)
+    return rows

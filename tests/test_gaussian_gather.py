@@ -3,12 +3,25 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, INTERPRETED, backends, check_against_reference, leaves, same_bits
+from helpers import DEVICE, DTYPES, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
 
 import dfn_kernels
-from dfn_kernels import GaussianGatherFunction, gaussian_gather
+from dfn_kernels import GaussianGatherFunction, gather_plan, gaussian_gather
 
 BACKENDS = backends("gaussian_gather")
+OPTIONS = {
+    "dtype": DTYPES,
+    "influence": (None, "shared", "head", "zero and negative"),
+    "queries": (False, True),
+    "sigma": ("float", "one", "head", "tiny", "huge"),
+    "normalize": (False, True),
+    "points": ("normal", "all in one place", "two places"),
+    "neighbors": ("some missing", "all there", "none for some", "shared by heads"),
+    "plan": (False, True),
+    "memory": ("dense", "strided", "heads inside"),
+    "c": (1, 37, 64),
+}
+PAIRS = pairs(OPTIONS)
 
 
 def make(B=2, H=3, N=17, M=11, D=2, c=37, k=5, *, dtype=torch.float32, influence="head", queries=True, sigma="head"):
@@ -30,14 +43,138 @@ def make(B=2, H=3, N=17, M=11, D=2, c=37, k=5, *, dtype=torch.float32, influence
     return inputs
 
 
+def chosen(row: dict) -> dict:
+    """Inputs with a row's options."""
+    sigma = row["sigma"] if row["sigma"] in ("float", "one", "head") else "float"
+    influence = "head" if row["influence"] == "zero and negative" else row["influence"]
+    inputs = make(dtype=row["dtype"], influence=influence, queries=row["queries"], sigma=sigma, c=row["c"])
+    if row["sigma"] in ("tiny", "huge"):
+        inputs["sigma"] = {"tiny": 1e-3, "huge": 1e10}[row["sigma"]]
+    if row["influence"] == "zero and negative":
+        inputs["influence"] -= 0.6
+        inputs["influence"][..., ::3] = 0
+    points = [inputs[name] for name in ("positions", "query_positions") if name in inputs]
+    for x in points:
+        if row["points"] == "all in one place":
+            x.fill_(0.3)
+        elif row["points"] == "two places":
+            x.copy_((x > 0).to(x.dtype))
+    indices = inputs["indices"]
+    if row["neighbors"] == "all there":
+        indices.clamp_(min=0)
+    elif row["neighbors"] == "none for some":
+        indices[:, :, ::4] = -1
+    elif row["neighbors"] == "shared by heads":
+        inputs["indices"] = indices[:, :1].expand(indices.shape)
+    for name, x in inputs.items():
+        if torch.is_tensor(x) and x.ndim > 2 and name != "indices":
+            if row["memory"] == "strided":
+                inputs[name] = x.transpose(0, -1).contiguous().transpose(0, -1)
+            elif row["memory"] == "heads inside":
+                inputs[name] = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return {**inputs, "normalize": row["normalize"]}
+
+
+def with_plan(**inputs):
+    """The indices through a plan, as several calls would share it."""
+    plan = gather_plan(inputs["indices"], inputs["positions"], inputs.get("query_positions"))
+    return gaussian_gather(**{**inputs, "indices": plan})
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalize", [False, True])
-def test_matches_reference(backend, dtype, normalize):
-    options = list(itertools.product(["head", "shared", None], [True, False]))
-    for influence, queries in options[::5] if INTERPRETED else options:  # the interpreter is slow
-        inputs = make(dtype=dtype, influence=influence, queries=queries, sigma="head" if queries else "one")
-        check_against_reference(gaussian_gather, {**inputs, "normalize": normalize}, backend)
+@pytest.mark.parametrize("row", PAIRS[:: 5 if INTERPRETED else 1], ids=str)
+def test_every_pair_of_options(backend, row):
+    inputs = chosen(row)
+    if row["sigma"] == "tiny" and row["points"] == "normal" and not row["normalize"]:
+        inputs["query_positions" if row["queries"] else "positions"].copy_(inputs["positions"][:, :, :1])  # else all is 0
+    op = with_plan if row["plan"] else gaussian_gather
+    check_against_reference(op, inputs, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("neighbors", ["own", "shared by heads"])
+def test_plan_serves_several_calls(backend, neighbors, monkeypatch):
+    """Two layers, one plan: what one call each gives. Hubs are cut into pieces, in Triton here small ones."""
+    if backend == "triton":
+        import dfn_kernels.triton.gather_plan as shared
+        import dfn_kernels.triton.gaussian_gather_backward as kernels
+
+        for module in (shared, kernels):
+            monkeypatch.setattr(module, "HUB", 8)
+    inputs = make(N=29, queries=False, k=4)
+    inputs["indices"][..., 0] = 3
+    if neighbors != "own":
+        inputs["indices"] = inputs["indices"][:, :1].expand(2, 3, 29, 4)
+    check_against_reference(with_plan, inputs, backend)
+    with dfn_kernels.use_backend(backend):
+        plan = gather_plan(inputs["indices"], inputs["positions"])
+        for c in (3, 41):
+            results = []
+            for indices in (plan, inputs["indices"]):
+                copies = leaves({**inputs, "values": torch.arange(2.0 * 3 * 29 * c, device=DEVICE).view(2, 3, 29, c) / c})
+                out = gaussian_gather(**{**copies, "indices": indices})
+                out.square().sum().backward()
+                results.append([out.detach(), *(x.grad for x in copies.values() if torch.is_tensor(x) and x.requires_grad)])
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [1, 2, 3, 5])
+def test_spatial_order(backend, D):
+    """A permutation; on a lattice, queries that follow each other are near each other."""
+    side = {1: 4096, 2: 64, 3: 16, 5: 4}[D]
+    axes = torch.meshgrid(*[torch.arange(side, dtype=torch.float32)] * D, indexing="ij")
+    lattice = torch.stack(axes, -1).view(1, 1, -1, D)[:, :, torch.randperm(side**D)].to(DEVICE)
+    order = torch.ops.dfn.spatial_order(lattice, backend)
+    assert order.dtype == torch.int32 and order.sort().values.flatten().tolist() == list(range(side**D))
+    served = lattice[0, 0, order[0, 0].long()]
+    mean_step = (served[1:] - served[:-1]).abs()[:, :3].sum(-1).mean().item()
+    random_step = (lattice[0, 0, 1:] - lattice[0, 0, :-1]).abs()[:, :3].sum(-1).mean().item()
+    assert mean_step < random_step / 4
+    hostile = torch.tensor([float("nan"), float("inf"), 1e30, 0.0, -0.0] * 3, device=DEVICE).view(1, 1, 15, 1)
+    for points in (hostile.expand(1, 1, 15, D), torch.ones(1, 1, 7, D, device=DEVICE)):
+        order = torch.ops.dfn.spatial_order(points.contiguous(), backend)
+        assert order.sort().values.flatten().tolist() == list(range(points.shape[2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plan_without_heads_and_batch(backend):
+    inputs = make(B=1, H=1, sigma="float", influence=None)
+    with dfn_kernels.use_backend(backend):
+        want = with_plan(**inputs)
+        for squeeze in (lambda x: x[:, 0], lambda x: x[0, 0]):
+            got = with_plan(**{n: squeeze(x) if torch.is_tensor(x) else x for n, x in inputs.items()})
+            assert same_bits(got, squeeze(want))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C++ guards memory")
+def test_a_plan_of_other_indices_does_no_harm():
+    """Indices changed behind a plan's back: wrong numbers, but no crash and no read outside of memory."""
+    inputs = make(N=3001, queries=False, k=7)
+    plan = gather_plan(inputs["indices"], inputs["positions"])
+    values = inputs.pop("values").requires_grad_()
+    inputs["indices"].copy_(torch.randint(0, 3001, inputs["indices"].shape))
+    gaussian_gather(**{**inputs, "indices": plan, "values": values}).sum().backward()
+    assert values.grad.shape == values.shape
+
+
+BAD_PLANS = {
+    "positions": (dict(positions=torch.zeros(5)), ValueError, r"positions must have shape \[N, D\]"),
+    "indices": (dict(indices=torch.zeros(2, 3, 4)), TypeError, "indices must be int64"),
+    "rows": (dict(query_positions=None), ValueError, "one row per position, got 11 rows for N = 17"),
+    "queries": (dict(query_positions=torch.zeros(2, 3, 11, 3)), ValueError, "query_positions must have shape"),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the checks are the same on every device")
+@pytest.mark.parametrize("case", BAD_PLANS)
+def test_bad_plan(case):
+    changes, error, message = BAD_PLANS[case]
+    inputs = make()
+    arguments = {n: inputs[n] for n in ("indices", "positions", "query_positions")}
+    with pytest.raises(error, match="^gather_plan: .*" + message):
+        gather_plan(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,13 +426,20 @@ def test_opcheck(backend):
             backend,
         )
         torch.library.opcheck(torch.ops.dfn.gaussian_gather, arguments)
+        with dfn_kernels.use_backend(backend):
+            plan = gather_plan(i["indices"], i["positions"], i["query_positions"])
+        torch.library.opcheck(torch.ops.dfn.gaussian_gather, (*arguments, None, *plan[1:5]))
+        torch.library.opcheck(torch.ops.dfn.spatial_order, (i["positions"].detach(), backend))
+        torch.library.opcheck(torch.ops.dfn.transpose_neighbors, (i["indices"], *plan[1:3], backend))
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICE != "cpu" or b != "triton"])
 def test_compile(backend):
     @torch.compile(fullgraph=True, dynamic=True)
     def layer(x, positions, indices):
-        y = gaussian_gather(positions, x.tanh(), indices, 0.7, normalize=True)
+        plan = gather_plan(indices, positions)
+        x = gaussian_gather(positions, x.tanh(), plan, 0.9)
+        y = gaussian_gather(positions, x.tanh(), plan, 0.7, normalize=True)
         return y.transpose(1, 2).flatten(2).relu()
 
     for N in (13, 29):
@@ -304,7 +448,8 @@ def test_compile(backend):
         with dfn_kernels.use_backend(backend):
             out = layer(x, i["positions"], i["indices"])
             (grad,) = torch.autograd.grad(out.sum(), x)
-            plain = gaussian_gather(i["positions"], x.tanh(), i["indices"], 0.7, normalize=True)
+            plain = gaussian_gather(i["positions"], x.tanh(), i["indices"], 0.9)
+            plain = gaussian_gather(i["positions"], plain.tanh(), i["indices"], 0.7, normalize=True)
             plain = plain.transpose(1, 2).flatten(2).relu()
             (plain_grad,) = torch.autograd.grad(plain.sum(), x)
         torch.testing.assert_close(out, plain)
@@ -353,3 +498,36 @@ def test_bad_input(case):
     change, error, message = BAD[case]
     with pytest.raises(error, match="^gaussian_gather: .*" + message):
         gaussian_gather(**change(make()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("native" not in BACKENDS, reason="what is measured is the resident set of the process")
+@pytest.mark.parametrize("attention", [False, True], ids=["gather", "attention"])
+def test_memory_grows_with_entities_and_edges_not_with_their_product(attention):
+    """Forward and backward: O(N (c + k)). The reference, which builds [N, k, c], breaks the same bound."""
+    from bench.measure import peak_growth_mib
+
+    N, D, c, k = 50_021, 3, 96, 32
+    positions = torch.rand(1, 1, N, D).requires_grad_()
+    values = torch.randn(1, 1, N, c).requires_grad_()
+    weight = torch.zeros(1, D, c)
+    indices = dfn_kernels.knn(positions.detach(), k).indices
+    grad = torch.randn(1, 1, N, c)
+
+    def run():
+        if attention:
+            out = dfn_kernels.flow_attention(values[:, 0], positions, weight, values, 0.1, k)[0]
+        else:
+            out = gaussian_gather(positions, values, indices, 0.1)
+        torch.autograd.grad(out, [positions, values], grad)
+
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it reads and writes copies of its own
+    grown = peak_growth_mib(run, "cpu")
+    if grown is None:
+        pytest.skip("this system does not let a process reset its peak")
+    # out, its sum of gradients, and some numbers for each edge and each entity
+    bound = N * (4 * c * 4 + (60 if attention else 28) * k + 400) / 2**20
+    assert grown < bound, f"{grown:.0f} MiB, expected at most {bound:.0f}"
+    if not attention:
+        with dfn_kernels.use_backend("reference"):
+            assert peak_growth_mib(run, "cpu") > 2 * bound

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/tensors.h"
+#include "cpu/memory.h"
 
 namespace dfn {
 namespace {
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_positions
   Tensor part_bias = new_empty(weight, {chunks, g.H, g.D});
   Tensor part_alpha = new_empty(weight, {chunks, g.H});
   Tensor grad_states = new_empty(states, {g.B, g.N, g.d});
+  prefer_huge_pages(grad_states);
   g.grad_positions = grad_positions.data_ptr();
   g.grad_flow = grad_flow.data_ptr();
   g.grad_energy = grad_energy.data_ptr();

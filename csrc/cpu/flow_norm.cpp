@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/tensors.h"
+#include "cpu/memory.h"
 
 namespace dfn {
 namespace {
@@ -111,6 +112,7 @@ Tensor forward(const Tensor& states, const Tensor& energy, const std::optional<T
   NormProblem g = describe(states, energy, lengths);
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
   Tensor out = new_empty(states, {g.B, g.N, g.d});
+  prefer_huge_pages(out);
   g.out = rows_of(torch::stable::unsqueeze(out, 1), "out");
   parallel_for(0, g.B * g.N, grain_size(g.d), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(norm_forward, g, begin, end);
@@ -127,6 +129,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& states, co
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
   Tensor along = new_empty(energy, {g.B, g.N});
   Tensor grad_states = new_empty(states, {g.B, g.N, g.d});
+  prefer_huge_pages(grad_states);
   Tensor grad_energy = new_empty(energy, {g.B, g.N});
   g.grad = rows_of(torch::stable::unsqueeze(grad, 1), "grad");
   g.grad_states = rows_of(torch::stable::unsqueeze(grad_states, 1), "grad_states");

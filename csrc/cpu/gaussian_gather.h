@@ -26,6 +26,7 @@ struct GatherProblem {
   const void* queries;     // [M, D]
   const int64_t* indices;  // [M, k]
   const void* influence;   // [N] or null: all ones
+  const void* sq_dists;    // [M, k] |q_i - p_j|^2 where somebody knows them already, or null
   const int32_t* query_order;   // [M] or null: as they come
   const int32_t* entity_order;  // [N] or null
   const void* values;      // [N, c], rows this far apart:

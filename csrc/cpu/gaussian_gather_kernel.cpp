@@ -1,104 +1,18 @@
 #include "cpu/gaussian_gather.h"
 
+#include "cpu/gather_batch.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace dfn::DFN_ISA {
 namespace {
 
-// The neighbours of one query that exist, and their weights.
-template <class A, class V>
-struct Query {
-  int64_t count;
-  int64_t* index;   // [count] of the entities
-  int64_t* slot;    // [count] the edge's place in its row of k
-  const V** rows;   // [count] their values
-  A* gauss;         // [count] exp(-|q - p|^2 / (2 sigma^2)), relative to the nearest if normalised, times `factor`
-  A* weight;        // [count] gauss * influence: what the value is multiplied by
-  A* sq_dist;       // [count]
-  bool valid;       // every index was -1 or in range
-};
-
-template <class A, class V>
-struct Workspace {
-  Scratch<int64_t> index, slot;
-  Scratch<const V*> rows;
-  Scratch<A> gauss, weight, sq_dist, along;
-  explicit Workspace(int64_t n) : index(n + 1), slot(n + 1), rows(n), gauss(n), weight(n), sq_dist(n), along(n) {}
-};
-
-template <class A, int kDims>
-inline A squared_distance(const A* q, const A* p, int64_t D) {
-  A total = 0;
-  for (int64_t a = 0; a < (kDims ? kDims : D); ++a) {
-    const A step = q[a] - p[a];
-    total += step * step;
-  }
-  return total;
-}
-
-template <class A, int kDims>
-inline void squared_distances(const GatherProblem& g, const A* q, int64_t count, const int64_t* index, A* out) {
-  const A* positions = static_cast<const A*>(g.positions);
-  const int64_t D = kDims ? kDims : g.D;
-  for (int64_t s = 0; s < count; ++s) out[s] = squared_distance<A, kDims>(q, positions + index[s] * D, D);
-}
-
-template <class A, class V>
-inline Query<A, V> look_up(const GatherProblem& g, int64_t i, Workspace<A, V>& w) {
-  // Local copies of what the loops need: the compiler must assume that a store may change g.
-  const int64_t k = g.k, N = g.N, stride = g.values_stride, *row = g.indices + i * k;
-  const V* values = static_cast<const V*>(g.values);
-  int64_t *index = w.index.data, *slot = w.slot.data, count = 0;
-  bool valid = true;
-  for (int64_t s = 0; s < k; ++s) {  // without a branch: what is written for a missing neighbour is overwritten
-    const int64_t j = row[s];
-    const bool inside = static_cast<uint64_t>(j) < static_cast<uint64_t>(N);
-    index[count] = j;
-    slot[count] = s;
-    count += inside;
-    valid &= inside | (j == -1);
-  }
-  const V** rows = w.rows.data;
-  for (int64_t s = 0; s < count; ++s) rows[s] = values + index[s] * stride;
-  const Query<A, V> query = {count, index, slot, rows, w.gauss.data, w.weight.data, w.sq_dist.data, valid};
-  const A* q = static_cast<const A*>(g.queries) + i * g.D;
-  switch (g.D) {
-    case 1: squared_distances<A, 1>(g, q, query.count, query.index, query.sq_dist); break;
-    case 2: squared_distances<A, 2>(g, q, query.count, query.index, query.sq_dist); break;
-    case 3: squared_distances<A, 3>(g, q, query.count, query.index, query.sq_dist); break;
-    default: squared_distances<A, 0>(g, q, query.count, query.index, query.sq_dist);
-  }
-  const A sigma = static_cast<A>(g.sigma), scale = A(-0.5) / (sigma * sigma);
-  const A *influence = static_cast<const A*>(g.influence), *sq_dist = query.sq_dist;
-  A *gauss = query.gauss, *weight = query.weight, shift = 0;
-  if (g.normalize && count > 0) {
-    A least = sq_dist[0];
-    for (int64_t s = 1; s < count; ++s)
-      if (sq_dist[s] < least) least = sq_dist[s];
-    if (scale * least > -INFINITY) shift = scale * least;
-  }
-  for (int64_t s = 0; s < count; ++s) gauss[s] = scale * sq_dist[s] - shift;
-  exp_nonpositive(gauss, count);
-  for (int64_t s = 0; s < count; ++s) weight[s] = influence ? gauss[s] * influence[index[s]] : gauss[s];
-  if (g.normalize) {
-    A total = 0;
-    for (int64_t s = 0; s < count; ++s) total += weight[s];
-    const A factor = total != 0 ? 1 / total : 0;
-    for (int64_t s = 0; s < count; ++s) {
-      gauss[s] *= factor;
-      weight[s] *= factor;
-    }
-  }
-  return query;
-}
-
 // Served in spatial order, a query's indices and its output lie anywhere, and of its neighbours one or two are new.
 // (GCC drops calls of a function that only prefetches: it must be inlined.)
 template <class A, class V>
 __attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, const V* own, int64_t own_stride,
                                                        int64_t at, int64_t end) {
-  constexpr int64_t kLine = 64, kFar = 12, kNear = 3;
+  constexpr int64_t kLine = 64, kNear = Batch<A, V>::kQueries, kFar = kNear + 9;  // the rows of the next batch
   const auto query = [&g](int64_t t) { return g.query_order ? int64_t(g.query_order[t]) : t; };
   if (at + kFar < end && g.query_order) {
     const char* index = reinterpret_cast<const char*>(g.indices + query(at + kFar) * g.k);
@@ -121,61 +35,79 @@ __attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, c
 
 template <class A, class V>
 bool forward(const GatherProblem& g, int64_t begin, int64_t end) {
-  bool valid = true;
-  Workspace<A, V> w(g.k);
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t i = g.query_order ? g.query_order[at] : at;
-    fetch_ahead<A, V>(g, static_cast<const V*>(g.out), g.out_stride, at, end);
-    const Query<A, V> query = look_up<A, V>(g, i, w);
-    valid &= query.valid;
-    weighted_sum<A, V>(query.count, g.c, query.weight, query.rows, static_cast<V*>(g.out) + i * g.out_stride);
+  Batch<A, V> batch(g);
+  for (int64_t at = begin; at < end; at += batch.kQueries) {
+    const int n = static_cast<int>(end - at < batch.kQueries ? end - at : batch.kQueries);
+    batch.look_up(at, n);
+    for (int b = 0; b < n; ++b) {
+      fetch_ahead<A, V>(g, static_cast<const V*>(g.out), g.out_stride, at + b, end);
+      const Query<A, V>& q = batch.query[b];
+      weighted_sum<A, V>(q.count, g.c, q.weight, q.rows, static_cast<V*>(g.out) + q.i * g.out_stride);
+    }
   }
-  return valid;
+  return batch.valid;
+}
+
+template <class A, class V>
+void backward_query(const GatherProblem& g, const Query<A, V>& query, int64_t turn, A* along) {
+  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
+  const int64_t i = query.i, count = query.count;
+  if (g.slopes) {
+    dots<A, V>(count, g.c, static_cast<const V*>(g.grad) + i * g.grad_stride, query.rows, along);
+    if (g.normalize) {
+      A mean = 0;  // <grad_i, y_i>: the part that normalisation takes away
+      for (int64_t s = 0; s < count; ++s) mean += query.weight[s] * along[s];
+      for (int64_t s = 0; s < count; ++s) along[s] -= mean;
+    }
+  } else {
+    for (int64_t s = 0; s < count; ++s) along[s] = 0;
+  }
+  if (Edge<A>* edges = static_cast<Edge<A>*>(g.edges)) {
+    const uint64_t all = static_cast<uint64_t>(g.M * g.k);
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t e = turn * g.k + query.slot[s];
+      const uint64_t number = g.slots ? g.slots[e] : static_cast<uint64_t>(g.slots64[e]);
+      if (number < all)  // a list of other indices, as a caller can hand it over, must not do harm
+        edges[number] = {static_cast<uint32_t>(i), query.weight[s], query.weight[s] * along[s], query.gauss[s] * along[s]};
+    }
+  }
+  if (g.grad_queries) {
+    A* grad = static_cast<A*>(g.grad_queries) + i * g.D;
+    const A* q = static_cast<const A*>(g.queries) + i * g.D;
+    const A* positions = static_cast<const A*>(g.positions);
+    for (int64_t a = 0; a < g.D; ++a) {
+      A total = 0;
+      for (int64_t s = 0; s < count; ++s)
+        total -= query.weight[s] * along[s] * (q[a] - positions[query.index[s] * g.D + a]);
+      grad[a] = total * precision;
+    }
+  }
+  if (g.grad_sigma_rows) {
+    A total = 0;
+    for (int64_t s = 0; s < count; ++s) total += query.weight[s] * along[s] * query.sq_dist[s];
+    static_cast<A*>(g.grad_sigma_rows)[i] = total * precision / sigma;
+  }
 }
 
 template <class A, class V>
 void backward_queries(const GatherProblem& g, int64_t begin, int64_t end) {
-  Workspace<A, V> w(g.k);
-  Edge<A>* edges = static_cast<Edge<A>*>(g.edges);
-  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t i = g.query_order ? g.query_order[at] : at;
-    fetch_ahead<A, V>(g, static_cast<const V*>(g.grad), g.grad_stride, at, end);
-    const Query<A, V> query = look_up<A, V>(g, i, w);
-    A* along = w.along.data;
-    for (int64_t s = 0; s < query.count; ++s) along[s] = 0;
-    if (g.slopes) {
-      dots<A, V>(query.count, g.c, static_cast<const V*>(g.grad) + i * g.grad_stride, query.rows, along);
-      if (g.normalize) {
-        A mean = 0;  // <grad_i, y_i>: the part that normalisation takes away
-        for (int64_t s = 0; s < query.count; ++s) mean += query.weight[s] * along[s];
-        for (int64_t s = 0; s < query.count; ++s) along[s] -= mean;
-      }
-    }
-    if (edges) {
-      for (int64_t s = 0; s < query.count; ++s) {
-        const int64_t e = at * g.k + query.slot[s];
-        edges[g.slots ? int64_t(g.slots[e]) : g.slots64[e]] = {
-            static_cast<uint32_t>(i), query.weight[s], query.weight[s] * along[s], query.gauss[s] * along[s]};
-      }
-    }
-    if (g.grad_queries) {
-      A* grad = static_cast<A*>(g.grad_queries) + i * g.D;
-      const A* q = static_cast<const A*>(g.queries) + i * g.D;
-      const A* positions = static_cast<const A*>(g.positions);
-      for (int64_t a = 0; a < g.D; ++a) {
-        A total = 0;
-        for (int64_t s = 0; s < query.count; ++s)
-          total -= query.weight[s] * along[s] * (q[a] - positions[query.index[s] * g.D + a]);
-        grad[a] = total * precision;
-      }
-    }
-    if (g.grad_sigma_rows) {
-      A total = 0;
-      for (int64_t s = 0; s < query.count; ++s) total += query.weight[s] * along[s] * query.sq_dist[s];
-      static_cast<A*>(g.grad_sigma_rows)[i] = total * precision / sigma;
+  Batch<A, V> batch(g);
+  Scratch<A> along(g.k);
+  for (int64_t at = begin; at < end; at += batch.kQueries) {
+    const int n = static_cast<int>(end - at < batch.kQueries ? end - at : batch.kQueries);
+    batch.look_up(at, n);
+    for (int b = 0; b < n; ++b) {
+      fetch_ahead<A, V>(g, static_cast<const V*>(g.grad), g.grad_stride, at + b, end);
+      backward_query<A, V>(g, batch.query[b], at + b, along.data);
     }
   }
+}
+
+// A list of other indices leaves edges unwritten: whatever they hold must not lead out of memory.
+template <class A>
+inline int64_t query_of(const GatherProblem& g, const Edge<A>& edge) {
+  const int64_t query = edge.query;
+  return query < g.M ? query : g.M - 1;
 }
 
 // What the edges [first, last) bring to the position and the influence of the entity at p.
@@ -185,7 +117,7 @@ inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_
   const A* queries = static_cast<const A*>(g.queries);
   A total[kDims > 0 ? kDims : 1] = {}, influence = 0;
   for (int64_t e = first; e < last; ++e) {
-    const A slope = edges[e].slope, *q = queries + edges[e].query * (kDims > 0 ? kDims : g.D);
+    const A slope = edges[e].slope, *q = queries + query_of(g, edges[e]) * (kDims > 0 ? kDims : g.D);
     if constexpr (kDims > 0)
       for (int a = 0; a < kDims; ++a) total[a] += slope * (q[a] - p[a]);
     else
@@ -215,7 +147,7 @@ struct List {
   void read(const GatherProblem& g, int64_t first, int64_t last) {
     const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
     for (int64_t e = first; e < last; ++e) {
-      rows[e - first] = static_cast<const V*>(g.grad) + edges[e].query * g.grad_stride;
+      rows[e - first] = static_cast<const V*>(g.grad) + query_of(g, edges[e]) * g.grad_stride;
       weight[e - first] = edges[e].weight;
     }
   }
@@ -238,7 +170,7 @@ void backward_entities(const GatherProblem& g, int64_t begin, int64_t end) {
     if (at + 3 < end) {  // the rows that the next but two will read
       const int64_t from = g.starts[at + 2], to = g.starts[at + 3];
       for (int64_t e = from; e < to && e < from + 64; ++e) {
-        const char* row = reinterpret_cast<const char*>(static_cast<const V*>(g.grad) + edges[e].query * g.grad_stride);
+        const char* row = reinterpret_cast<const char*>(static_cast<const V*>(g.grad) + query_of(g, edges[e]) * g.grad_stride);
         const int64_t bytes = g.c * int64_t(sizeof(V));
         for (int64_t x = 0; x < bytes && x < 256; x += 64) __builtin_prefetch(row + x);
       }

@@ -69,7 +69,7 @@ void number_edges(const int64_t* indices, int64_t M, int64_t k, int64_t N, const
   if (entity_order)
     for (int64_t u = 0; u < N; ++u) turn[entity_order[u]] = static_cast<int32_t>(u);
   // Blocks of queries are counted and numbered side by side; how many there are does not show in the result.
-  const int64_t blocks = std::clamp<int64_t>(M * k >> 19, 1, 16), size = (M + blocks - 1) / blocks;
+  const int64_t blocks = std::clamp<int64_t>(M * k >> 17, 1, 8), size = (M + blocks - 1) / blocks;
   Array<Slot> next(blocks * N);
   slots = Array<Slot>(M * k);
   // First slots hold each edge's entity, by turn; later the edge's number.

@@ -31,11 +31,59 @@ inline void weighted_block(int64_t n, const A* weight, const V* const* rows, int
   for (int l = 0; l < L; ++l) store(acc[l], out + x + l * kLanes<A>);
 }
 
+// A register of bfloat16 values: those in even places and those in odd places as floats. Two operations for two
+// registers of floats; loading half a register and widening it takes three for one.
+template <class V> constexpr bool kIsBFloat16 = false;
+template <> constexpr bool kIsBFloat16<BFloat16> = true;
+struct Halves { Vec<float> even, odd; };
+inline Halves load_halves(const BFloat16* p) {
+  UintVec both, even, odd;
+  std::memcpy(&both, p, kBytes);
+  even = both << 16;
+  odd = both & 0xffff0000u;
+  Halves h;
+  std::memcpy(&h.even, &even, kBytes);
+  std::memcpy(&h.odd, &odd, kBytes);
+  return h;
+}
+// As bits in the upper half of each lane, rounded to nearest, ties to even
+inline UintVec rounded_bfloat16(Vec<float> v) {
+  UintVec bits;
+  std::memcpy(&bits, &v, kBytes);
+  return v != v ? UintVec{} + 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
+}
+inline void store_halves(Vec<float> even, Vec<float> odd, BFloat16* p) {
+  const UintVec both = (rounded_bfloat16(even) >> 16) | (rounded_bfloat16(odd) & 0xffff0000u);
+  std::memcpy(p, &both, kBytes);
+}
+
+// L registers of bfloat16 channels, from x on
+template <int L>
+inline void weighted_block_of_halves(int64_t n, const float* weight, const BFloat16* const* rows, int64_t x, BFloat16* out) {
+  Vec<float> even[L] = {}, odd[L] = {};
+  for (int64_t e = 0; e < n; ++e) {
+    const Vec<float> w = splat<float>(weight[e]);
+    const BFloat16* row = rows[e] + x;
+    for (int l = 0; l < L; ++l) {
+      const Halves h = load_halves(row + l * 2 * kLanes<float>);
+      even[l] = multiply_add(w, h.even, even[l]);
+      odd[l] = multiply_add(w, h.odd, odd[l]);
+    }
+  }
+  for (int l = 0; l < L; ++l) store_halves(even[l], odd[l], out + x + l * 2 * kLanes<float>);
+}
 // out[0..c) = sum of weight[e] * rows[e][0..c), in the order of e
 template <class A, class V, class O>
 inline void weighted_sum(int64_t n, int64_t c, const A* weight, const V* const* rows, O* out) {
   constexpr int64_t lanes = kLanes<A>;
   int64_t x = 0;
+  if constexpr (kIsBFloat16<V> && kIsBFloat16<O>) {
+    constexpr int64_t both = 2 * lanes;
+    for (; x + 8 * both <= c && kBytes == 64; x += 8 * both) weighted_block_of_halves<8>(n, weight, rows, x, out);
+    for (; x + 4 * both <= c; x += 4 * both) weighted_block_of_halves<4>(n, weight, rows, x, out);
+    for (; x + 2 * both <= c; x += 2 * both) weighted_block_of_halves<2>(n, weight, rows, x, out);
+    for (; x + both <= c; x += both) weighted_block_of_halves<1>(n, weight, rows, x, out);
+  }
   for (; x + 16 * lanes <= c && kBytes == 64; x += 16 * lanes) weighted_block<16, A>(n, weight, rows, x, out);
   for (; x + 8 * lanes <= c; x += 8 * lanes) weighted_block<8, A>(n, weight, rows, x, out);
   for (; x + 4 * lanes <= c; x += 4 * lanes) weighted_block<4, A>(n, weight, rows, x, out);
@@ -51,6 +99,15 @@ template <int R, class A, class V>
 inline void dots_block(int64_t c, const V* left, const V* const* rows, A* out) {
   Vec<A> acc[R] = {};
   int64_t x = 0;
+  if constexpr (kIsBFloat16<V>) {
+    for (; x + 2 * kLanes<A> <= c; x += 2 * kLanes<A>) {
+      const Halves one = load_halves(left + x);
+      for (int r = 0; r < R; ++r) {
+        const Halves h = load_halves(rows[r] + x);
+        acc[r] = multiply_add(one.odd, h.odd, multiply_add(one.even, h.even, acc[r]));
+      }
+    }
+  }
   for (; x + kLanes<A> <= c; x += kLanes<A>) {
     const Vec<A> one = load(left + x);
     for (int r = 0; r < R; ++r) acc[r] = multiply_add(one, load(rows[r] + x), acc[r]);
