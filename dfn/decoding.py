@@ -80,14 +80,16 @@ class Seen:
 
     def __init__(self, attention: DynamicFlowAttention, search: Stream | Scan, values: Tensor, energy: Tensor):
         self.search, self.values, self.energy = search, values, energy  # [S, capacity, c]; float64 [B]
-        self.width = 2 * attention.log_sigma.exp().square()  # [H]
+        sigma = attention.log_sigma.exp()
+        self.width = 2 * sigma.to(torch.promote_types(sigma.dtype, torch.float32)).square()  # [H]
         self.extra: tuple[Tensor, Tensor, Tensor] | None = None
 
     def remember(self, attention: DynamicFlowAttention, memory: MemoryState) -> None:
         """The memory's entities are read along: positions ``[S, M, D]``, values, logarithms of the influence."""
         entities = attention.entities(memory)
         points, values, influence = (entities[f"extra_{name}"] for name in ("positions", "values", "influence"))
-        self.extra = points.flatten(0, 1).contiguous(), values.flatten(0, 1), influence.flatten(0, 1).log()
+        influence = influence.flatten(0, 1).to(self.width.dtype)
+        self.extra = points.flatten(0, 1).contiguous(), values.flatten(0, 1), influence.log()
 
     def read(self, point: Tensor, query: Tensor, value: Tensor, count: Tensor) -> Tensor:
         """Adds an entity, ``[S, D]`` and ``[S, c]``, and gives what it reads, ``[S, c]``."""

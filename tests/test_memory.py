@@ -135,7 +135,7 @@ def test_model_is_causal_across_segments_to_the_bit():
 
 
 def test_time_goes_on_between_segments():
-    """One layer, no merging: two halves with a memory give what the whole gives, for temporal and semantic heads."""
+    """One layer, no merging: three parts with a memory give what the whole gives, for temporal and semantic heads."""
     torch.manual_seed(0)
     model = DFNLanguageModel(31, 24, 1, k=64, memory_size=40).eval()
     model.memory.decay, model.memory.merge_radius = 1.0, 0.0
@@ -144,7 +144,8 @@ def test_time_goes_on_between_segments():
     with torch.no_grad():
         states = model.embed(ids)
         whole = block.attention(block.norm(states), model.positions(states))[0]
-        _, memory = model(ids[:, :14])
+        _, memory = model(ids[:, :6])
+        _, memory = model(ids[:, 6:14], memory)
         late = model.embed(ids[:, 14:])
         found, _ = block.attention(block.norm(late), model.positions(late), memory=memory)
     torch.testing.assert_close(found, whole[:, 14:], rtol=1e-3, atol=1e-4)

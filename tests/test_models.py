@@ -74,6 +74,7 @@ def test_decoder_is_the_full_pass(search, options, dtype, monkeypatch):
         ids, memory = torch.randint(model.config["vocab_size"], (2, 120)), None
         if model.memory is not None:
             memory = model(torch.randint(31, (2, 40)))[1]
+            memory = memory._replace(influence=torch.rand_like(memory.influence))
             assert not torch.allclose(model(ids, memory)[0], model(ids)[0], atol=1e-2)
         logits, decoder = model(ids, memory)[0], Decoder(model, memory=memory, search=search)
         got = [decoder(ids[:, :37])] + [decoder(ids[:, i : i + 1]) for i in range(37, 120)]
