@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import plots, report
-from .cases import CASES, quick_cases
+from .cases import cases_for, quick_cases
 from .measure import ceilings
 
 
@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     given = parser.parse_args(argv)
-    cases = [case for case in (quick_cases() if given.quick else CASES) if given.only in case.name]
+    known = cases_for(given.device)
+    cases = [case for case in (quick_cases() if given.quick else known) if given.only in case.name]
     if not cases:
-        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in CASES)}")
+        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
     rows = report.measure_all(
         cases, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds, skip=tuple(given.skip)
     )

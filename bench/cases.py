@@ -31,6 +31,7 @@ class Case:
     exact: bool = False  # the result must be equal, not just close
     compiled: tuple[str, ...] = ()  # peers that take part a second time, through torch.compile
     layer: str = ""  # the module, where the case is a whole layer around the op
+    gpu_only: bool = False  # a CPU would take minutes
 
     @property
     def name(self) -> str:
@@ -204,7 +205,7 @@ def _knn_case(N, D, k, causal=False):
     )
 
 
-def _route_case(T, P, I, O):
+def _route_case(T, P, I, O, **options):
     published = {"published einsums": peers.published_route} if T <= 1024 else {}  # gigabytes beyond
     return Case(
         "pattern_route",
@@ -216,6 +217,7 @@ def _route_case(T, P, I, O):
         small=dict(T=67, P=5, I=23, O=31),
         work=_route_work,
         compiled=("prescaled GEMM",),
+        **options,
     )
 
 
@@ -240,6 +242,7 @@ CASES = [
          small=dict(B=2, H=2, N=131, D=3, d=26, k=5), other_work=("causal SDPA, same d",)),
     _route_case(1024, 8, 512, 512),
     _route_case(8192, 8, 512, 512),
+    _route_case(65_536, 16, 768, 768, gpu_only=True),
     Case("low_rank_route", dict(T=8192, P=8, I=512, O=512, r=32), make_low_rank, our_low_rank,
          {"two einsums": peers.composed_low_rank}, grads=("x", "weights", "up", "down"),
          small=dict(T=67, P=5, I=23, O=31, r=3), compiled=("two einsums",)),
@@ -252,6 +255,11 @@ CASES = [
          {"prescaled GEMM": peers.prescaled_flow_layer}, grads=("x",), small=dict(T=67, P=5, I=23, O=31),
          compiled=("prescaled GEMM",), layer="FlowLayer"),
 ]  # fmt: skip
+
+
+def cases_for(device: str) -> list[Case]:
+    return [case for case in CASES if device != "cpu" or not case.gpu_only]
+
 
 # One case an op, for the demo's table: small enough that the reference, too, answers at once.
 QUICK = {

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from bench.cases import CASES
+from bench.cases import cases_for
 from bench.measure import contenders, training_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS = [(case, who) for case in CASES if case.sizes.get("N", 0) <= 2**16 for who in contenders(case, DEVICE)]
+CASES = [case for case in cases_for(DEVICE) if case.sizes.get("N", 0) <= 2**16]
+RUNS = [(case, who) for case in CASES for who in contenders(case, DEVICE)]
 
 
 @pytest.mark.parametrize("case, who", RUNS, ids=[f"{case.name}-{who}" for case, who in RUNS])
