@@ -147,7 +147,7 @@ class PatternRoute(Emulator):
 
 # ---- one kernel against float64 -------------------------------------------------------------------------------------
 def compare(route: PatternRoute, T, P, K, N, *, dtype=torch.bfloat16, backward=False, top_k=None, gap=0, align=16,
-            splits=None, order=0) -> None:  # fmt: skip
+            splits=None, order=0, multiprocessors=4) -> None:  # fmt: skip
     """Fails unless y and the gradient of the weights are right, to float32 rounding and the last bit of y's dtype."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
     left, x = torch.randn(T, K).to(dtype), torch.randn(T, N).to(dtype)
@@ -157,7 +157,7 @@ def compare(route: PatternRoute, T, P, K, N, *, dtype=torch.bfloat16, backward=F
         chosen = torch.rand(T, P).topk(top_k).indices.sort(1).values
         weights = torch.zeros_like(weights).scatter(1, chosen, weights.gather(1, chosen))
         groups = grouped(chosen, P)
-    route.reset(order)
+    route.reset(order, multiprocessors)
     route.gap, route.align, route.splits = gap, align, splits
     y, dw = route.tokens(left, weights, patterns, bias, x if backward else None, groups)
     sums = torch.einsum("tk,pkn->tpn" if backward else "tk,pnk->tpn", left.double(), patterns.double())

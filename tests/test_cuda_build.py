@@ -48,3 +48,5 @@ def test_compiles_without_spills(source, architecture, reports):
     for registers, (stores, loads) in zip(used, spilled, strict=True):
         print(f"sm_{architecture} {source.stem}: {registers} registers, {stores} + {loads} bytes spilled")
         assert (stores, loads) == ("0", "0")
+    # What ptxas says when it gives up asynchronous wgmma, or a change of the number of registers
+    assert "serialized" not in report and "setmaxnreg" not in report

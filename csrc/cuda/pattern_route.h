@@ -60,8 +60,7 @@ void route_sm80(const Problem&, const Plan&);
 // The same by TMA and wgmma: pattern_route_sm90.cu. `takes_sm90`: compute capability 9.0, and operands that TMA can read.
 bool takes_sm90(const Problem&);
 Plan plan_sm90(const Problem&);
-void route_forward_sm90(const Problem&, const Plan&);
-void route_backward_sm90(const Problem&, const Plan&);
+void route_sm90(const Problem&, const Plan&);
 
 // y = bias + the sum of the splits, in this order: pattern_route_sm80.cu.
 void add_splits(const Problem&, const Plan&);

@@ -20,8 +20,9 @@
 //   - Threads run to their next meeting point in an order of priority that `set_order` chooses: ascending, descending, or
 //     shuffled by a seed. The first warp so runs ahead as far as the barriers let it: a missing one shows.
 //   - Shared memory starts as NaN. The target of an asynchronous copy becomes NaN when the copy is issued and gets its
-//     data when the issuing thread waits for it (deferred actions: when nobody can run, or at random): too early a read
-//     finds NaN, and so does a reader that was overtaken.
+//     data when the issuing thread waits for it; deferred actions come when nobody can run, the oldest first (ascending) or
+//     the newest (descending), or at random, soon (odd seeds) or late. Too early a read finds NaN, and so does a reader
+//     that was overtaken.
 //   - allocate() ends at a page that faults; an access beyond it, a deadlock, a divergent collective, a misaligned
 //     address end the launch with a message. Conflicts of shared-memory banks in ldmatrix are counted.
 #pragma once
@@ -87,6 +88,7 @@ struct Thread {
   const char* waits_for = "";
   std::vector<Copy> open_copies;                 // issued, not committed
   std::vector<std::vector<Copy>> copy_groups;    // committed, oldest first
+  std::shared_ptr<void> more;                    // what headers of further instructions keep
 };
 
 struct Block {
@@ -287,7 +289,7 @@ inline void run_cluster(std::vector<Block*>& blocks, unsigned threads) {
   for (auto& w : warps) world.ranked.insert(world.ranked.end(), w.begin(), w.end());
 
   while (world.error.empty()) {
-    if (world.order > 1 && !world.deferred.empty() && world.random() % 4 == 0)
+    if (world.order > 1 && !world.deferred.empty() && world.random() % (world.order % 2 ? 4 : 256) == 0)
       run_deferred(world.random() % world.deferred.size());
     Thread* next = nullptr;
     for (Thread* t : world.ranked)
@@ -298,7 +300,8 @@ inline void run_cluster(std::vector<Block*>& blocks, unsigned threads) {
     if (next) {
       resume(*next);
     } else if (!world.deferred.empty()) {
-      run_deferred(world.order > 1 ? world.random() % world.deferred.size() : 0);
+      const size_t last = world.deferred.size() - 1;
+      run_deferred(world.order == 0 ? 0 : world.order == 1 ? last : world.random() % (last + 1));
     } else {
       for (auto& t : world.threads)
         if (!t->done && world.error.empty()) world.error = name_of(*t) + ": deadlock, waits for " + t->waits_for;
