@@ -19,7 +19,7 @@ from bench import route_rule
 from dfn_kernels import _backends, pattern_route, route_cuda
 
 KERNEL = CSRC / "cuda" / "pattern_route_sm80_kernel.h"
-SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple")]
+SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple", "sm90")]
 pytestmark = pytest.mark.skipif(
     INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
 )

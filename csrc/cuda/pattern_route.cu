@@ -21,6 +21,7 @@ struct Kernel {
 
 Kernel kernel_for(const Problem& g) {
   if (g.dtype == Dtype::f32 || g.dtype == Dtype::f64) return {plan_simple, route_simple};
+  if (takes_sm90(g)) return {plan_sm90, route_sm90};
   return {plan_sm80, route_sm80};
 }
 
