@@ -8,16 +8,21 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def is_float_tensor(op: str, name: str, value: object) -> None:
+def _is_dense(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
+
+
+def is_float_tensor(op: str, name: str, value: object) -> None:
+    _is_dense(op, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
 def is_index_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    _is_dense(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {value.dtype}")
 
@@ -45,6 +50,12 @@ def is_integer(op: str, name: str, value: object, low: int, high: int) -> None:
 def is_number(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def are_flags(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, is_number, same_device
+from ._checks import (
+    are_flags,
+    compute_dtype,
+    has_shape,
+    is_float_tensor,
+    is_index_tensor,
+    is_integer,
+    is_number,
+    same_device,
+)
 from .flow_drift import Drift, flow_drift
 from .gather_plan import GatherPlan
 from .gaussian_gather import gather_heads
@@ -200,6 +209,7 @@ def flow_attention(
     >>> drift.positions.tolist(), found.indices.tolist(), context.tolist()
     ([[0.0], [2.0]], [[0], [1]], [[0.0], [10.0]])
     """
+    are_flags(OP, causal=causal, include_self=include_self, normalize=normalize)
     _check(states, positions, flow_weight, values, sigma, k, flow_bias, alpha, query_weight, query_bias, influence,
            lengths, extra_positions, extra_values, extra_influence, warm)  # fmt: skip
     device = states.device.type

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call
 from .gather_plan import GatherPlan, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
@@ -283,6 +283,7 @@ def gaussian_gather(
             [2.0000]])
     """
     plan = indices if isinstance(indices, GatherPlan) else GatherPlan(indices)
+    are_flags(OP, normalize=normalize)
     _check(positions, values, plan.indices, sigma, influence, query_positions)
     lead = values.ndim - 2
     device = values.device.type

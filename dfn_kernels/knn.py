@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
+from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
 from ._transforms import OpFunction, call
 from .reference.knn import knn as reference
 
@@ -208,6 +208,7 @@ def knn(
             [ 0.,  1.],
             [ 0., 16.]]))
     """
+    are_flags(OP, causal=causal, include_self=include_self, check=check)
     _check(positions, k, queries, causal, include_self, lengths, query_lengths)
     return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
 
@@ -273,6 +274,7 @@ class KNNIndex:
         little. Their new distances bound the search; the result is the same with any `warm`, right or wrong.
         """
         found = None if warm is None else warm.indices
+        are_flags(OP, causal=causal, include_self=include_self)
         _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
         grids = self._grids if queries is None or queries.dtype != torch.float64 else None  # sorted in float32, perhaps
         return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._checks import FLOATS, has_shape, is_float_tensor, is_integer, is_number, same_device
+from ._checks import FLOATS, are_flags, has_shape, is_float_tensor, is_integer, is_number, same_device
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
@@ -53,8 +53,7 @@ def _check(x, weights, patterns, bias, top_k, density, out_dtype, return_share) 
             raise ValueError(f"{OP}: density must be above 0 and at most 1, got {density}")
     if out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(f"{OP}: out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
-    if not isinstance(return_share, bool):
-        raise TypeError(f"{OP}: return_share must be True or False, got {type(return_share).__name__}")
+    are_flags(OP, return_share=return_share)
 
 
 # ---- schema: weights and bias in float64 with float64 x, else float32 -----------------------------------------------

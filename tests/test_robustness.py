@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,25 @@ def test_wild_indices_below_the_checks(wild):
         torch.ops.dfn.pattern_route_backward(
             torch.rand(9, 5), x, weights, patterns, chosen, True, True, True, "native"
         )
+
+
+@natively
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_wrong_types(op):
+    """A float tensor of another kind, and flags that are no bool, are refused by name before any arithmetic."""
+    inputs = op.make(torch.float32)
+    for name, x in inputs.items():
+        for wrong in (None, "x", 1.5, x.cpu().numpy(), x.to_sparse(), x.to(torch.complex64)):
+            if wrong is None and name in ("bias", "influence"):
+                continue  # may be left out
+            with pytest.raises(TypeError, match=name):
+                op.call(**{**inputs, name: wrong})
+    function = getattr(dk, op.name)
+    for flag in {"causal", "include_self", "normalize", "check", "return_share"} & set(signature(function).parameters):
+        rest = {"k": 3} if op.name in ("knn", "flow_attention") else {}
+        rest |= {"sigma": 0.5} if op.name in ("gaussian_gather", "flow_attention") else {}
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got Tensor"):
+            function(**inputs, **rest, **{flag: torch.ones(3)})
 
 
 # ---- any shape ----------------------------------------------------------------------------------------------------
