@@ -25,6 +25,7 @@ from .training import Trainer
 LINES = {"": "full model", "flow": "no flow", "memory": "no memory", "flow_norm": "no FlowNorm",
          "receiver_drift": "no receiver drift", "heads": "one head"}  # fmt: skip
 TASKS = {"text": "text, bits per byte", "recall": "recall, %", "segments": "segments, %"}
+NO_MEMORY = "recall", "memory"  # one segment: there is no memory to leave out
 PAIRS = 8
 MEMORY = 256
 HELD_OUT = 2**16
@@ -48,7 +49,7 @@ def run(
     if any(found[name] != value for name, value in facts.items()):
         raise UsageError(f"{folder} holds an ablation with other options; another --out begins a new one")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    flags = "" if set(tasks) == set(TASKS) else " --tasks " + " ".join(tasks)
+    flags = f" --seeds {seeds}" + ("" if set(tasks) == set(TASKS) else " --tasks " + " ".join(tasks))
     flags += "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if name != "threads")
     found |= {"machine": runs.machine(), "corpus": Text(options).corpus.name, "flags": flags}
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def run(
         for seed in range(options.seed, options.seed + seeds)
         for task in tasks
         for line in LINES
-        if (task, line) != ("recall", "memory")  # one segment: no memory to leave out
+        if (task, line) != NO_MEMORY
     ]
     for number, (task, line, seed) in enumerate(work):
         key = f"{task}/{line}/{seed}"
@@ -115,20 +116,24 @@ def column(found: dict, task: str, line: str) -> dict[int, float]:
 def table(found: dict) -> str:
     """Markdown: mean and standard deviation over the seeds, and what leaving the part out costs, seed by seed."""
     o, tasks = found["options"], [t for t in TASKS if any(key.startswith(t) for key in found["cells"])]
-    head = ["", *(TASKS[t] for t in tasks)]
+    # Only seeds that every line has: an ablation that was stopped has some lines of one more.
+    common = {
+        t: set.intersection(*(set(column(found, t, line)) for line in LINES if (t, line) != NO_MEMORY)) for t in tasks
+    }
+    tasks = [t for t in tasks if common[t]]
+    head = ["", *(f"{TASKS[t]}, {len(common[t])} seed{'s' * (len(common[t]) > 1)}" for t in tasks)]
     if "text" in tasks:
         head.insert(2, "worse by")
     lines = [" | ".join(head), "|".join(["---"] * len(head))]
-    seeds = 0
     for line, name in LINES.items():
         row = [name]
         for task in tasks:
-            values, digits = column(found, task, line), 3 if task == "text" else 1
-            seeds = max(seeds, len(values))
+            values = {s: x for s, x in column(found, task, line).items() if s in common[task]}
+            digits = 3 if task == "text" else 1
             row.append(spread(list(values.values()), digits))
             if task == "text":
                 full = column(found, task, "")
-                row.append(spread([x - full[s] for s, x in values.items() if s in full], 3) if line else "")
+                row.append(spread([x - full[s] for s, x in values.items()], 3) if line else "")
         lines.append(" | ".join(row))
     shape = f"{o['layers']} layers, dim {o['dim']}, {o['heads']} heads, k {o['k']}, a memory of {o['memory_size']}"
     seen = f"{found['tokens'] / 1e6:.2f}M bytes seen, in rows of {o['length']}"
@@ -141,11 +146,11 @@ def table(found: dict) -> str:
     }
     paragraphs = [
         "# What each part is good for",
-        f"Mean ± standard deviation over {seeds} seeds; every run takes {o['steps']:,} steps.",
+        f"Mean ± standard deviation over the seeds; every run takes {o['steps']:,} steps.",
         "\n".join(notes[task] for task in tasks),
         "\n".join(f"| {line} |" for line in lines),
         "![the same as a picture](ablation.png)",
-        f"Machine: {found['machine']}. Made by `dfn ablate --seeds {seeds}{found['flags']}`.",
+        f"Machine: {found['machine']}. Made by `dfn ablate{found['flags']}`.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -163,3 +163,13 @@ def test_digits_held_out(tmp_path, capsys):
     pytest.importorskip("sklearn")
     assert dfn("eval", "digits", "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] >= 0.95
+
+
+def test_a_stopped_ablation_shows_what_every_line_has():
+    cells = {f"text/{line}/{seed}": 2.0 + seed for line in ablation.LINES for seed in (0, 1)}
+    cells |= {"text//2": 9.0, "segments//0": 50.0}  # the next seed, and the next task, have just begun
+    options = dict(layers=1, dim=8, heads=4, k=4, memory_size=4, length=8, steps=3)
+    found = dict(cells=cells, options=options, tokens=10, corpus="a text", machine="a machine", flags=" --seeds 3")
+    table = ablation.table(found)
+    assert "text, bits per byte, 2 seeds" in table and "| full model | 2.500 ± 0.707 |" in table
+    assert "9.0" not in table and "segments" not in table
