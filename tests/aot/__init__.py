@@ -41,7 +41,7 @@ class Case:
 @dataclass(frozen=True)
 class Resources:
     registers: int
-    spills: int  # bytes of stack on NVIDIA, spilled registers on AMD
+    spills: int  # bytes of stack on NVIDIA, registers spilled to memory on AMD
     shared: int  # bytes
 
 
@@ -84,4 +84,6 @@ def _amd(built) -> Resources:
         assert found, f"the assembly does not say {name}"
         return int(found[1])
 
-    return Resources(field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count"), built.metadata.shared)
+    # Scalar registers spill into lanes of vector registers, which costs no memory unless scratch memory is reserved.
+    scalars = field("sgpr_spill_count") if field("private_segment_fixed_size") else 0
+    return Resources(field("vgpr_count"), field("vgpr_spill_count") + scalars, built.metadata.shared)
