@@ -50,8 +50,9 @@ SIZES = [
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sizes(route, sizes, backward):
-    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
-        compare(route, **sizes, backward=backward, dtype=dtype, order=i)
+    half = torch.float16 if sizes["T"] == 3 else torch.bfloat16
+    for order, dtype in ((sizes["K"] % 4, half), (0, torch.float32)):
+        compare(route, **sizes, backward=backward, dtype=dtype, order=order)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -71,8 +72,9 @@ def test_patterns_divided(route, backward):
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_lists_of_patterns(route, top_k, backward):
     compare(route, T=263, P=5, K=37, N=29, top_k=top_k, backward=backward, order=top_k)
-    compare(route, T=263, P=5, K=37, N=29, top_k=top_k, backward=backward, splits=4)
-    compare(route, T=131, P=5, K=17, N=9, top_k=top_k, backward=backward, dtype=torch.float32)
+    if top_k == 2:
+        compare(route, T=263, P=5, K=37, N=29, top_k=2, backward=backward, splits=4)
+        compare(route, T=131, P=5, K=17, N=9, top_k=2, backward=backward, dtype=torch.float32)
 
 
 def test_nothing_to_add(route):
@@ -91,7 +93,7 @@ def test_same_bits_in_any_order(route):
     route.gap, route.align = 0, None
     for route.splits in (None, 3):
         results = []
-        for order in (0, 1, 2, 3):
+        for order in (0, 1, 5):
             route.reset(order)
             results.append(route.tokens(left, weights, patterns, x=x))
         for y, dw in results[1:]:
