@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env demo test check sanitize wheel bench lint clean
+.PHONY: env demo test check sanitize tsan fuzz wheel bench lint clean
 
 env: $(VENV)/.built
 
@@ -35,7 +35,7 @@ test: env
 	$(BIN)/python -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k "triton" $(INTERPRETED)
 
-check: test sanitize wheel
+check: test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton"
@@ -56,6 +56,23 @@ sanitize: env
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -m "not slow" \
 	  -k "(native or streaming or instruction_sets or wild) and not compile and not export" $(SANITIZED)
+
+# The C++ without torch, on a shim of its ABI (tests/native): operators and indexes on four threads with two callers,
+# under ThreadSanitizer.
+STANDALONE := cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+tsan: env
+	$(STANDALONE) -B build/tsan -DDFN_STANDALONE=races -DDFN_SANITIZE=thread
+	cmake --build build/tsan
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/races
+
+# Its entry points, fed by a coverage-guided fuzzer: make fuzz SECONDS=600 SEED=3. An input that fails is left in
+# build/fuzz/crash-input.
+SECONDS := 60
+SEED := 0
+fuzz: env
+	$(STANDALONE) -B build/fuzz -DDFN_STANDALONE=fuzz -DDFN_SANITIZE=address,undefined,float-cast-overflow
+	cmake --build build/fuzz
+	cd build/fuzz && UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1 ./fuzz $(SECONDS) $(SEED) ../../tests/native/seeds/*
 
 # The sdist has all of csrc; a wheel builds from it; installed without any compiler into a fresh environment, that
 # passes the op tests.

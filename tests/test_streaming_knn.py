@@ -120,7 +120,8 @@ def test_empty():
         (lambda i: i.append(np.zeros((2, 3), int), 1), TypeError, "got int64"),
         (lambda i: i.extend(np.zeros((2, 3), np.float32)), ValueError, r"extend: points must have shape \[S, n, D\]"),
         (lambda i: i.query(np.zeros((3, 1, 3), np.float32), 1), ValueError, r"got \[3, 1, 3\]"),
-        (lambda i: StreamingKNN(2, 0), ValueError, "dim must be at least 1, got 0"),
+        (lambda i: StreamingKNN(2, 0), ValueError, "dim must be between 1 and 2\\^31 - 1, got 0"),
+        (lambda i: StreamingKNN(2, 2**32), ValueError, "dim must be between 1 and 2\\^31 - 1, got 4294967296"),
         (lambda i: StreamingKNN(-1, 2), ValueError, "streams must not be negative, got -1"),
         (lambda i: StreamingKNN(1, 2, dtype="int32"), TypeError, "dtype must be float32 or float64, got int32"),
     ],
@@ -128,3 +129,34 @@ def test_empty():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="^StreamingKNN.*" + message):
         call(StreamingKNN(2, 3))
+
+
+GOOD = (2, 3, np.dtype("float32"), np.zeros((2, 5, 3), np.float32))
+CORRUPT = {
+    "empty": (),
+    "short": GOOD[:3],
+    "streams": (3, *GOOD[1:]),
+    "no streams": (-1, *GOOD[1:]),
+    "more streams than memory": (2**60, *GOOD[1:]),
+    "dim": (2, 2, *GOOD[2:]),
+    "dim 0": (2, 0, *GOOD[2:]),
+    "dim 2^32": (2, 2**32, *GOOD[2:]),
+    "dtype": (2, 3, np.dtype("int8"), GOOD[3]),
+    "wider points": (2, 3, np.dtype("float32"), GOOD[3].astype(np.float64)),
+    "flat points": (*GOOD[:3], GOOD[3].ravel()),
+    "scalar points": (*GOOD[:3], np.float32(1)),
+    "objects": (*GOOD[:3], np.full((2, 5, 3), None)),
+    "no array": (*GOOD[:3], "x"),
+    "words": ("a", "b", "c", "d"),
+}
+
+
+@pytest.mark.parametrize("state", CORRUPT)
+def test_corrupt_pickles(state):
+    """An error, or an index that works: never a crash."""
+    index = StreamingKNN.__new__(StreamingKNN)
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError, MemoryError)):
+        index.__setstate__(CORRUPT[state])
+    index = StreamingKNN.__new__(StreamingKNN)
+    index.__setstate__(GOOD)
+    assert len(index) == 5 and index.query(np.zeros((2, 3), np.float32), 2)[0].tolist() == [[0, 1], [0, 1]]

@@ -85,8 +85,9 @@ class Batch {
     const V** rows = rows_.data + b * k;
     bool all = true;
     for (int64_t s = 0; s < k; ++s) {
-      all &= static_cast<uint64_t>(row[s]) < static_cast<uint64_t>(N);
-      rows[s] = values + row[s] * stride;
+      const bool inside = static_cast<uint64_t>(row[s]) < static_cast<uint64_t>(N);
+      all &= inside;
+      rows[s] = values + (inside ? row[s] : 0) * stride;
     }
     A *gauss = gauss_.data + b * k, *weight = g_.influence ? weight_.data + b * k : gauss;
     query[b] = {i, k, row, every_slot_.data, rows, gauss, weight, sq_dist_.data + b * k};

@@ -7,7 +7,7 @@ namespace dfn {
 
 static Isa detect() {
   Isa best = Isa::baseline;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DFN_ONE_ISA)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))

@@ -12,7 +12,7 @@ Isa cpu_isa();
 
 // Every *_kernel.cpp is compiled once per instruction set, in namespace dfn::<DFN_ISA>.
 // DFN_DECLARE_ISA(signature) declares a kernel in each of them; DFN_CALL_ISA(name, args...) calls the right one.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DFN_ONE_ISA)
 #define DFN_DECLARE_ISA(...)                       \
   namespace baseline { __VA_ARGS__; }              \
   namespace avx2 { __VA_ARGS__; }                  \

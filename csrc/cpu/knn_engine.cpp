@@ -13,7 +13,7 @@ DFN_DECLARE_ISA(extern const KernelTable table)
 namespace {
 
 const KernelTable& kernels() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DFN_ONE_ISA)
   if (cpu_isa() == Isa::avx512) return avx512::table;
   if (cpu_isa() == Isa::avx2) return avx2::table;
 #endif

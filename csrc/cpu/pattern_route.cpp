@@ -80,7 +80,12 @@ struct Lists {
     for (int64_t q = 0; q < P; ++q) start[q + 1] += start[q];
     token.resize(T * k + 1);
     std::vector<int32_t> next(start.begin(), start.end() - 1);
-    for (int64_t e = 0; e < T * k; ++e) token[next[p[e]]++] = static_cast<int32_t>(e / k);
+    for (int64_t e = 0; e < T * k; ++e) {
+      const int32_t t = static_cast<int32_t>(e / k);
+      int32_t& at = next[p[e]];
+      STD_TORCH_CHECK(at == start[p[e]] || token[at - 1] != t, "chosen: a pattern twice for one token");
+      token[at++] = t;
+    }
   }
   TokenLists view() const { return start.empty() ? TokenLists{nullptr, nullptr} : TokenLists{start.data(), token.data()}; }
 };

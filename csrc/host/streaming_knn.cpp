@@ -1,23 +1,21 @@
-// StreamingKNN: NumPy in, NumPy out. The mutex guards the trees; the GIL is released while they are searched.
+// StreamingKNN: NumPy in, NumPy out. The GIL is released while the trees are searched; they guard themselves.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
-#include "cpu/knn/parallel.h"
-#include "host/growing_tree.h"
+#include "host/streams.h"
 
 namespace py = pybind11;
 
 namespace dfn {
 namespace {
-
-template <class T>
-using Trees = std::vector<GrowingTree<T>>;
 
 std::string shape_of(const py::array& a) {
   std::string text = "[";
@@ -29,35 +27,34 @@ class StreamingKNN {
  public:
   StreamingKNN(int64_t streams, int64_t dim, const py::object& dtype) : streams_(streams), dim_(dim) {
     if (streams < 0) throw py::value_error("StreamingKNN: streams must not be negative, got " + std::to_string(streams));
-    if (dim < 1) throw py::value_error("StreamingKNN: dim must be at least 1, got " + std::to_string(dim));
+    if (dim < 1 || dim > INT32_MAX)
+      throw py::value_error("StreamingKNN: dim must be between 1 and 2^31 - 1, got " + std::to_string(dim));
     const py::dtype kind = py::dtype::from_args(dtype);
     if (kind.kind() == 'f' && kind.itemsize() == 4)
-      trees_ = Trees<float>(streams, GrowingTree<float>(static_cast<int>(dim)));
+      trees_ = std::make_unique<Streams<float>>(streams, static_cast<int>(dim));
     else if (kind.kind() == 'f' && kind.itemsize() == 8)
-      trees_ = Trees<double>(streams, GrowingTree<double>(static_cast<int>(dim)));
+      trees_ = std::make_unique<Streams<double>>(streams, static_cast<int>(dim));
     else
       throw py::type_error("StreamingKNN: dtype must be float32 or float64, got " + std::string(py::str(kind)));
   }
   StreamingKNN(const StreamingKNN& other) : streams_(other.streams_), dim_(other.dim_) {
     const py::gil_scoped_release nogil;
-    const std::lock_guard lock(other.mutex_);
-    trees_ = other.trees_;
+    std::visit([&](auto& trees) { trees_ = std::make_unique<std::decay_t<decltype(*trees)>>(*trees); }, other.trees_);
   }
 
   py::tuple append(const py::array& points, int64_t k) {
-    return std::visit([&](auto& trees) { return append_as(trees, points, k); }, trees_);
+    return std::visit([&](auto& trees) { return append_as(*trees, points, k); }, trees_);
   }
   void extend(const py::array& points) {
-    std::visit([&](auto& trees) { extend_as(trees, points); }, trees_);
+    std::visit([&](auto& trees) { extend_as(*trees, points); }, trees_);
   }
   py::tuple query(const py::array& points, int64_t k) const {
-    return std::visit([&](auto& trees) { return query_as(trees, points, k); }, trees_);
+    return std::visit([&](auto& trees) { return query_as(*trees, points, k); }, trees_);
   }
 
   int64_t size() const {
     const py::gil_scoped_release nogil;
-    const std::lock_guard lock(mutex_);
-    return std::visit([](auto& trees) { return trees.empty() ? int64_t(0) : trees[0].size(); }, trees_);
+    return std::visit([](auto& trees) { return trees->size(); }, trees_);
   }
   int64_t streams() const { return streams_; }
   int64_t dim() const { return dim_; }
@@ -65,7 +62,7 @@ class StreamingKNN {
 
   // Every point ever appended, [S, n, D]: all there is to know.
   py::array points() const {
-    return std::visit([&](auto& trees) -> py::array { return points_as(trees); }, trees_);
+    return std::visit([&](auto& trees) -> py::array { return points_as(*trees); }, trees_);
   }
 
  private:
@@ -91,7 +88,7 @@ class StreamingKNN {
   }
 
   template <class T>
-  py::tuple append_as(Trees<T>& trees, const py::array& given, int64_t k) {
+  py::tuple append_as(Streams<T>& trees, const py::array& given, int64_t k) {
     const int n = checked_k(k, "append");
     const auto points = checked<T>(given, "append", 2, false);
     py::array_t<int64_t> ids({streams_, k});
@@ -101,29 +98,22 @@ class StreamingKNN {
     T* d = dists.mutable_data();
     {
       const py::gil_scoped_release nogil;
-      const std::lock_guard lock(mutex_);
-      const knn::ExactFloats exact;
-      for (int64_t s = 0; s < streams_; ++s) {
-        trees[s].query(p + s * dim_, n, i + s * k, d + s * k);
-        trees[s].append(p + s * dim_);
-      }
+      trees.append(p, n, i, d);
     }
     return py::make_tuple(ids, dists);
   }
 
   template <class T>
-  void extend_as(Trees<T>& trees, const py::array& given) {
+  void extend_as(Streams<T>& trees, const py::array& given) {
     const auto points = checked<T>(given, "extend", 3, false);
     const int64_t n = points.shape(1);
     const T* p = points.data();
     const py::gil_scoped_release nogil;
-    const std::lock_guard lock(mutex_);
-    const knn::ExactFloats exact;
-    for (int64_t s = 0; s < streams_; ++s) trees[s].extend(p + s * n * dim_, n);
+    trees.extend(p, n);
   }
 
   template <class T>
-  py::tuple query_as(const Trees<T>& trees, const py::array& given, int64_t k) const {
+  py::tuple query_as(const Streams<T>& trees, const py::array& given, int64_t k) const {
     const int n = checked_k(k, "query");
     const auto points = checked<T>(given, "query", 3, true);
     const int64_t m = points.ndim() == 3 ? points.shape(1) : 1;
@@ -136,26 +126,25 @@ class StreamingKNN {
     T* d = dists.mutable_data();
     {
       const py::gil_scoped_release nogil;
-      const std::lock_guard lock(mutex_);
-      const knn::ExactFloats exact;
-      for (int64_t r = 0; r < streams_ * m; ++r) trees[r / m].query(p + r * dim_, n, i + r * k, d + r * k);
+      trees.query(p, m, n, i, d);
     }
     return py::make_tuple(ids, dists);
   }
 
   template <class T>
-  py::array points_as(const Trees<T>& trees) const {
-    const std::lock_guard lock(mutex_);
-    const int64_t n = trees.empty() ? 0 : trees[0].size();
-    py::array_t<T> out({streams_, n, dim_});
-    for (int64_t s = 0; s < streams_; ++s)
-      std::copy(trees[s].points().begin(), trees[s].points().end(), out.mutable_data() + s * n * dim_);
+  py::array points_as(const Streams<T>& trees) const {
+    std::vector<T> all;
+    {
+      const py::gil_scoped_release nogil;
+      all = trees.points();
+    }
+    py::array_t<T> out({streams_, streams_ ? static_cast<int64_t>(all.size()) / (streams_ * dim_) : 0, dim_});
+    std::copy(all.begin(), all.end(), out.mutable_data());
     return out;
   }
 
   int64_t streams_, dim_;
-  std::variant<Trees<float>, Trees<double>> trees_;
-  mutable std::mutex mutex_;
+  std::variant<std::unique_ptr<Streams<float>>, std::unique_ptr<Streams<double>>> trees_;
 };
 
 }  // namespace

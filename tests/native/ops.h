@@ -1,0 +1,40 @@
+// The operators of csrc/cpu as typed functions, for programs on the torch shim.
+#pragma once
+
+#include "torch_shim.h"
+
+namespace ops {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Dtype = torch::headeronly::ScalarType;
+using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class F>
+F* op(const char* name) {
+  return torch::stable::Library::get().op<F>(name);
+}
+
+using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, const Maybe&, int64_t);
+using KnnIndex = int64_t(const Tensor&, const Maybe&);
+using KnnForget = void(int64_t);
+using Gather = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                      const Maybe&, const Maybe&, bool);
+using GatherBackward = Five(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                            const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, bool,
+                            int64_t);
+using SpatialOrder = Tensor(const Tensor&);
+using TransposeNeighbors = Pair(const Tensor&, const Tensor&, const Tensor&);
+using Drift = Triple(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Tensor&);
+using DriftBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                           const Tensor&);
+using Norm = Tensor(const Tensor&, const Tensor&, const Maybe&, double, std::string);
+using NormBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double, std::string);
+using Route = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, bool);
+using RouteBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, bool,
+                           bool, bool);
+
+}  // namespace ops
