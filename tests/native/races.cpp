@@ -1,5 +1,6 @@
-// For ThreadSanitizer: the operators (but not quantized_route and route_density) on four threads, two callers at a time on the same inputs, and the stateful
-// indexes shared by callers. Also checks that results do not depend on the number of threads.
+// For ThreadSanitizer: the operators (quantized_route and route_density are missing) on four threads, two callers at a
+// time on the same inputs, and the stateful indexes shared by callers. Also checks that results do not depend on the
+// number of threads.
 #include <cstdio>
 #include <random>
 
