@@ -181,8 +181,9 @@ def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
     wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
-    tensors, reuse = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    grads = call(_backward_op, _BackwardFunction, grad, *tensors, ctx.normalize, wanted, ctx.backend, *reuse)
+    saved = ctx.saved_tensors  # once: checkpointing lets a tensor be unpacked a single time
+    options = ctx.normalize, wanted, ctx.backend
+    grads = call(_backward_op, _BackwardFunction, grad, *saved[:6], *options, *saved[6:])
     grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
     return *grads[:3], None, *grads[3:], *(None,) * 7
 
