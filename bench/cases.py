@@ -30,6 +30,7 @@ class Case:
     work: Callable[..., tuple[float, float]] | None = None  # (**sizes, itemsize=) -> bytes moved, operations
     exact: bool = False  # the result must be equal, not just close
     compiled: tuple[str, ...] = ()  # peers that take part a second time, through torch.compile
+    forward_only: tuple[str, ...] = ()  # peers whose backward pass is no alternative
     layer: str = ""  # the module, where the case is a whole layer around the op
     gpu_only: bool = False  # a CPU would take minutes
 
@@ -187,6 +188,7 @@ def _gather_case(B, H, N, D, c, k):
         small=dict(B=2, H=2, N=257, D=3, c=37, k=5),
         work=_gather_work,
         compiled=("index + einsum",),
+        forward_only=("sparse CSR",),  # its gradient by the weights is a dense [N, N]
     )
 
 

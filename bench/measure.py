@@ -201,7 +201,7 @@ def run_case(
                     continue
             with torch.no_grad():
                 _fill(row, case, sizes, lambda op=op: op(**inputs), device, dtype, seconds)
-            if case.grads:
+            if case.grads and who not in case.forward_only:
                 train = Row(case.name, case.op, who, "training", kind, note=row.note)
                 rows.append(train)
                 step = training_step(case, op, inputs, torch.randn_like(result))
