@@ -252,7 +252,7 @@ CASES = [
          small=dict(B=2, G=301, n=67), other_work=("multinomial", "reference")),
     Case("flow_attention", dict(B=1, N=8192, d=256, H=4), make_block, our_block,
          {"causal Transformer layer": peers.causal_transformer}, grads=("states",), small=dict(B=2, N=131, d=24, H=2),
-         other_work=("causal Transformer layer",), layer="DFNBlock"),
+         other_work=("causal Transformer layer", "reference"), layer="DFNBlock"),
     Case("pattern_route", dict(T=8192, P=8, I=512, O=512), make_flow_layer, our_flow_layer,
          {"prescaled GEMM": peers.prescaled_flow_layer}, grads=("x",), small=dict(T=67, P=5, I=23, O=31),
          compiled=("prescaled GEMM",), layer="FlowLayer"),
