@@ -30,10 +30,12 @@ INTERPRETED := $(foreach op,gaussian_gather flow_drift flow_norm knn knn_triton 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
 
-# Native and reference backends first, then the Triton kernels in their interpreter (it must be on before the import).
+# Native and reference backends, and beside them the Triton kernels in their interpreter (it must be on before the import).
 test: env
-	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k "triton" $(INTERPRETED)
+	@mkdir -p build; TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "triton" $(INTERPRETED) \
+	  > build/interpreted.log 2>&1 & interpreted=$$!; \
+	$(BIN)/python -m pytest -m "not slow"; native=$$?; \
+	wait $$interpreted; status=$$?; cat build/interpreted.log; exit $$((native | status))
 
 check: test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
