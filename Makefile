@@ -40,7 +40,7 @@ test: env
 check: test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton" $(INTERPRETED)
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.

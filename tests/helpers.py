@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import subprocess
 
 import torch
 from torch import Tensor
@@ -114,3 +115,26 @@ def pairs(options: dict[str, tuple]) -> list[dict]:
         open_pairs -= set(itertools.combinations([(n, row[n]) for n in names], 2))
         rows.append(row)
     return rows
+
+
+def check_same(backend: str, positions: Tensor, k: int, **options) -> dfn_kernels.Neighbors:
+    """A search: indices and distances are those of the reference, to the bit."""
+    with dfn_kernels.use_backend("reference"):
+        want = dfn_kernels.knn(positions, k, **options)
+    with dfn_kernels.use_backend(backend):
+        got = dfn_kernels.knn(positions, k, **options)
+    assert same_bits(got.indices, want.indices)
+    assert same_bits(got.sq_dists, want.sq_dists)
+    return got
+
+
+def ended_well(workers: list[subprocess.Popen]) -> list[str]:
+    """What processes that work together said, after all of them ended with status 0; none is left behind."""
+    try:
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in workers] == [0] * len(workers), "\n".join(said)
+    return said

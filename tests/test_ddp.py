@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
-from helpers import INTERPRETED, same_bits
+from helpers import INTERPRETED, ended_well, same_bits
 
 from dfn import checkpoints, cli
 
@@ -71,13 +71,7 @@ def two_processes(folder, data):
         )
         for rank in range(2)
     ]  # fmt: skip
-    try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    said = ended_well(workers)
     assert "goes on from" in said[0] and not said[1], said
     return {path.name: torch.load(path) for path in folder.glob("weights.*")}
 

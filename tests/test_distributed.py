@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
-from helpers import INTERPRETED
+from helpers import INTERPRETED, ended_well
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -81,11 +81,5 @@ def test_two_processes_train_as_one(tmp_path):
         )  # fmt: skip
         for rank in range(2)
     ]
-    try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    said = ended_well(workers)
     assert "DFNLanguageModel agrees\nFlowNetwork agrees" in said[0]

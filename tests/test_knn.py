@@ -6,7 +6,7 @@ import sys
 import point_sets
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, same_bits
+from helpers import DEVICE, INTERPRETED, backends, check_same, same_bits
 
 import dfn_kernels
 from dfn_kernels import KnnFunction, KNNIndex, knn
@@ -19,16 +19,6 @@ N_SMALL = 24 if INTERPRETED else 900  # the interpreter is slow; natively, enoug
 def reference(*args, **options):
     with dfn_kernels.use_backend("reference"):
         return knn(*args, **options)
-
-
-def check_same(backend, positions, k, **options):
-    """Indices and distances are those of the reference, to the bit."""
-    want = reference(positions, k, **options)
-    with dfn_kernels.use_backend(backend):
-        got = knn(positions, k, **options)
-    assert same_bits(got.indices, want.indices)
-    assert same_bits(got.sq_dists, want.sq_dists)
-    return got
 
 
 def check_rows(positions, k, got, rows, causal=False, include_self=True):

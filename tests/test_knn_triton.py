@@ -3,7 +3,7 @@
 import point_sets
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, same_bits
+from helpers import DEVICE, INTERPRETED, backends, check_same, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,15 +53,8 @@ def left(monkeypatch):
     return counts
 
 
-def check(positions, k, backend="triton", **options):
-    """Indices and distances are those of the reference, to the bit."""
-    with dfn_kernels.use_backend("reference"):
-        want = knn(positions, k, **options)
-    with dfn_kernels.use_backend(backend):
-        got = knn(positions, k, **options)
-    assert same_bits(got.indices, want.indices)
-    assert same_bits(got.sq_dists, want.sq_dists)
-    return got
+def check(positions, k, **options):
+    return check_same("triton", positions, k, **options)
 
 
 # ---- strips ---------------------------------------------------------------------------------------------------------

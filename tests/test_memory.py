@@ -8,6 +8,7 @@ from helpers import same_bits
 from torch import nn
 
 from dfn.memory import FAR, MemoryState, PersistentFieldMemory
+from dfn.memory_task import CONFIG, two_segments
 from dfn.models import DFNLanguageModel
 
 
@@ -151,30 +152,13 @@ def test_time_goes_on_between_segments():
     torch.testing.assert_close(found, whole[:, 14:], rtol=1e-3, atol=1e-4)
 
 
-KEYS, VALUES = 6, 4
-
-
-def two_segments(batch, generator):
-    """First all keys with a value each and some questions, then, in the next segment, questions alone."""
-
-    def questions():
-        asked = torch.randint(KEYS, (batch, KEYS), generator=generator)
-        return KEYS * VALUES + asked, value.gather(1, asked)
-
-    value = torch.randint(VALUES, (batch, KEYS), generator=generator)
-    order = torch.rand(batch, KEYS, generator=generator).argsort(1)
-    facts = order * VALUES + value.gather(1, order)
-    (first, targets), second = questions(), questions()
-    return (torch.cat([facts, first], 1), torch.cat([torch.full_like(facts, -100), targets], 1)), second
-
-
 def accuracy_in_the_second_segment(remember: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    model = DFNLanguageModel((KEYS + 1) * VALUES + KEYS, 32, 1, k=8, memory_size=32)
+    model = DFNLanguageModel(**CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(131):
-        (first, first_targets), (second, second_targets) = two_segments(48 if step < 130 else 500, generator)
+        first, first_targets, second, second_targets = two_segments(48 if step < 130 else 500, generator)
         a, memory = model(first)
         b, _ = model(second, memory if remember else None)
         targets = torch.cat([first_targets, second_targets], 1).flatten()
