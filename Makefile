@@ -25,7 +25,7 @@ demo: env
 	$(BIN)/python -m dfn.demo $(if $(TEXT),--text $(TEXT))
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,gaussian_gather flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/test_$(op).py)
+INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
@@ -37,14 +37,14 @@ test: env
 	$(BIN)/python -m pytest -m "not slow"; native=$$?; \
 	wait $$interpreted; status=$$?; cat build/interpreted.log; exit $$((native | status))
 
-check: test sanitize tsan fuzz wheel
+check: lint test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton" $(INTERPRETED)
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
-SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn gaussian_gather flow_attention pattern_route \
+SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn gaussian_gather gather_plan flow_attention pattern_route \
   quantized_route route_density robustness,tests/test_$(op).py)
 sanitize: env
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
@@ -100,6 +100,7 @@ bench: env
 
 lint: env
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf build dist *.egg-info dfn_kernels/*.so

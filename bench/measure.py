@@ -42,8 +42,8 @@ def time_ms(run: Callable[[], object], device: str, seconds: float) -> list[floa
         return _cuda_times(run, seconds)
     times: list[float] = []
     start = time.perf_counter()
-    while not times or (len(times) < 3 and times[0] < 1e4) or (
-        time.perf_counter() - start < seconds and len(times) < 200
+    while (
+        not times or (len(times) < 3 and times[0] < 1e4) or (time.perf_counter() - start < seconds and len(times) < 200)
     ):
         before = time.perf_counter()
         run()

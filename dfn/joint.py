@@ -72,9 +72,7 @@ def hide(
     return {kind: torch.rand(e.influence.shape, generator=generator) < share for kind, e in entities.items()}
 
 
-def joint_losses(
-    model: DFNFieldModel, entities: dict[str, Entities], hidden: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def joint_losses(model: DFNFieldModel, entities: dict[str, Entities], hidden: dict[str, Tensor]) -> dict[str, Tensor]:
     """Reconstruction of ``hidden`` entities of each kind from all kinds together, and contrast between the kinds.
 
     Text against picture and text against sound: a line names both, a picture knows nothing of the sound.

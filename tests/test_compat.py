@@ -12,9 +12,7 @@ def edges_by_hand(x, y, k, batch_x, batch_y, loop=True):
     rows = []
     for i, q in enumerate(y):
         candidates = [
-            (((p - q) ** 2).sum().item(), j)
-            for j, p in enumerate(x)
-            if batch_x[j] == batch_y[i] and (loop or i != j)
+            (((p - q) ** 2).sum().item(), j) for j, p in enumerate(x) if batch_x[j] == batch_y[i] and (loop or i != j)
         ]
         rows += [(i, j) for _, j in sorted(candidates)[:k]]
     return torch.tensor(rows).reshape(-1, 2).t()
@@ -58,9 +56,7 @@ def test_knn_points_as_pytorch3d(norm):
             torch.testing.assert_close(dists[n, i, :count], d[order])
             assert not (dists[n, i, count:].any() or idx[n, i, count:].any() or nn[n, i, count:].any())
     options = dict(norm=norm, K=3)
-    assert torch.autograd.gradcheck(
-        lambda a, b: compat.knn_points(a, b, lengths1, lengths2, **options).dists, (p1, p2)
-    )
+    assert torch.autograd.gradcheck(lambda a, b: compat.knn_points(a, b, lengths1, lengths2, **options).dists, (p1, p2))
     assert compat.knn_points(p1, p2).knn is None and compat.knn_points(p1, p2).idx.shape == (3, 7, 1)
 
 

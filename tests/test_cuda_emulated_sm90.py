@@ -158,8 +158,6 @@ SWAPS = {  # what is done wrong: old and new text, once or more
 }  # fmt: skip
 
 
-
-
 def outcome(folder, text) -> subprocess.CompletedProcess:
     (folder / "cuda").mkdir()  # a quoted include is looked for beside the including file first
     (folder / "cuda" / KERNEL.name).write_text(text)

@@ -76,8 +76,12 @@ def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WORKER]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")], env=environment, cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*command, str(rank), str(tmp_path / "meeting")],
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
         for rank in range(2)
     ]

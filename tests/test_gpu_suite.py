@@ -221,12 +221,12 @@ def test_sanitizer_verdict():
 
 
 def test_counters():
-    table = '''a line of the program
+    table = """a line of the program
 "ID","Process ID","Kernel Name","dram__bytes.sum","gpu__time_duration.sum"
 "","","","byte","ns"
 "0","17","gather_forward","1,048,576","12,345"
 ==PROF== Disconnected
-'''
+"""
     (kernel,) = gpu_parts.parse_counters(table)
     assert kernel["kernel"] == "gather_forward"
     assert (kernel["bytes"], kernel["time"], kernel["registers"]) == (2**20, 12345, 0)

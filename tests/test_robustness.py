@@ -148,9 +148,7 @@ def test_wild_indices_below_the_checks(wild):
     with pytest.raises((IndexError, RuntimeError)):
         torch.ops.dfn.pattern_route(x, weights, patterns, None, chosen, False, "native")
     with pytest.raises((IndexError, RuntimeError)):
-        torch.ops.dfn.pattern_route_backward(
-            torch.rand(9, 5), x, weights, patterns, chosen, True, True, True, "native"
-        )
+        torch.ops.dfn.pattern_route_backward(torch.rand(9, 5), x, weights, patterns, chosen, True, True, True, "native")
 
 
 @natively

@@ -125,4 +125,3 @@ def gaussian_gather(
         BM=tile["rows"], BC=tile["channels"], num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     return out
-

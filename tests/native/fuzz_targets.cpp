@@ -7,82 +7,13 @@
 #include <cstdio>
 #include <limits>
 
+#include "fuzz_inputs.h"
 #include "host/streams.h"
-#include "ops.h"
 
 namespace {
 
+using namespace inputs;
 using namespace ops;
-
-// Bytes become arguments; where they end, zeros follow.
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  bool empty() const { return at_ >= size_; }
-  uint8_t byte() { return at_ < size_ ? data_[at_++] : 0; }
-  int64_t between(int64_t low, int64_t high) { return low + (byte() | byte() << 8) % (high - low + 1); }
-  bool coin() { return byte() & 1; }
-  uint32_t word() {
-    uint32_t w = 0;
-    for (int i = 0; i < 4; ++i) w |= uint32_t(byte()) << 8 * i;
-    return w;
-  }
-  float real() {
-    const uint32_t w = word();
-    float x;
-    std::memcpy(&x, &w, 4);
-    return x;
-  }
-  int64_t wild(int64_t n) {  // an index: mostly in range
-    switch (byte() % 16) {
-      case 0: return static_cast<int64_t>(uint64_t(word()) << 32 | word());
-      case 1: return n;
-      case 2: return -int64_t(byte());
-      default: return n > 0 ? between(0, n - 1) : -1;
-    }
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_, at_ = 0;
-};
-
-template <class T>
-void set(const Tensor& t, int64_t i, double x) {
-  t.data<T>()[i] = static_cast<T>(x);
-}
-
-// Many floats from few bytes: a palette of any floats, which a generator picks from, and perhaps noise of any scale.
-Tensor reals(Bytes& in, std::vector<int64_t> sizes, Dtype type) {
-  Tensor t(sizes, type);
-  float palette[8];
-  const int colors = 1 + in.byte() % 8;
-  for (int i = 0; i < colors; ++i) palette[i] = in.real();
-  const float noise = in.coin() ? in.real() : 0.0f;
-  uint32_t state = in.word() | 1;
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    state = state * 1664525u + 1013904223u;
-    const float x = palette[(state >> 20) % colors] + noise * ((state >> 8 & 0xFFF) * 0x1p-12f);
-    if (type == Dtype::Double)
-      set<double>(t, i, x);
-    else
-      set<float>(t, i, x);
-  }
-  return t;
-}
-
-// Ordinary numbers, for what only gets multiplied.
-Tensor plain(std::vector<int64_t> sizes, Dtype type = Dtype::Float) {
-  Tensor t(sizes, type);
-  for (int64_t i = 0; i < t.numel(); ++i) type == Dtype::Double ? set<double>(t, i, i % 5 - 2) : set<float>(t, i, i % 5 - 2);
-  return t;
-}
-
-Tensor wild_indices(Bytes& in, std::vector<int64_t> sizes, int64_t n) {
-  Tensor t(sizes, Dtype::Long);
-  for (int64_t i = 0; i < t.numel(); ++i) t.data<int64_t>()[i] = in.empty() && n > 0 ? i % n : in.wild(n);
-  return t;
-}
 
 [[noreturn]] void wrong(const char* what) {
   std::fprintf(stderr, "wrong result: %s\n", what);
@@ -176,14 +107,14 @@ void streaming(Bytes& in, Dtype type) {
 }
 
 void gather(Bytes& in) {
-  const Dtype type = in.coin() ? Dtype::Double : Dtype::Float;
+  const Dtype stored = any_float(in), type = sums_of(stored);
   const int64_t B = 1 + in.byte() % 2, H = 1 + in.byte() % 2, N = in.between(0, 60), M = in.between(0, 60);
   const int64_t D = 1 + in.byte() % 4, c = in.byte() % 40, k = in.byte() % 9;
   const bool normalize = in.coin();
   const Tensor positions = reals(in, {B, H, N, D}, type), queries = reals(in, {B, H, M, D}, type);
   const int64_t lists = in.coin() ? H : 1;
   const Tensor indices = wild_indices(in, {B, lists, M, k}, N);
-  const Tensor values = plain({B, H, N, c}, type), sigma = reals(in, {H}, type), grad = plain({B, H, M, c}, type);
+  const Tensor values = plain({B, H, N, c}, stored), sigma = reals(in, {H}, type), grad = plain({B, H, M, c}, stored);
   const int64_t wanted = in.byte() % 32;
   bool bad = false;
   for (int64_t i = 0; i < indices.numel(); ++i) bad |= indices.data<int64_t>()[i] < -1 || indices.data<int64_t>()[i] >= N;
@@ -204,29 +135,76 @@ void gather(Bytes& in) {
 }
 
 void route(Bytes& in) {
-  const int64_t T = in.between(0, 100), P = 1 + in.byte() % 6, I = in.byte() % 80, O = in.byte() % 80, k = in.byte() % 4;
-  const Tensor x = plain({T, I}), weights = reals(in, {T, P}, Dtype::Float), patterns = plain({P, O, I});
-  const Tensor grad = plain({T, O});
-  Maybe chosen;
+  const Dtype stored = any_float(in);
+  const int64_t T = in.between(0, 100), P = 1 + in.byte() % 6, I = in.byte() % 150, O = in.byte() % 150, k = in.byte() % 4;
+  const Tensor x = plain({T, I}, stored), weights = reals(in, {T, P}, sums_of(stored)), patterns = plain({P, O, I}, stored);
+  const Tensor grad = plain({T, O}, stored);
+  Maybe chosen, blocks;
   if (in.coin()) chosen = wild_indices(in, {T, k}, P);
+  if (!chosen && in.coin()) {
+    blocks = Tensor({P, (O + 127) / 128, (I + 63) / 64}, Dtype::Bool, 0);
+    for (int64_t i = 0; i < blocks->numel(); ++i) blocks->data<bool>()[i] = in.coin();
+  }
   bool bad = false;
   for (int64_t i = 0; chosen && i < chosen->numel(); ++i) {  // out of range, or twice in a row
     const int64_t* row = chosen->data<int64_t>() + i / k * k;
     bad |= row[i % k] < 0 || row[i % k] >= P || std::count(row, row + k, row[i % k]) > 1;
   }
   try {
-    op<Route>("pattern_route")(x, weights, patterns, {}, chosen, {}, false);
-    op<RouteBackward>("pattern_route_backward")(grad, x, weights, patterns, chosen, {}, in.coin(), in.coin(), in.coin());
+    op<Route>("pattern_route")(x, weights, patterns, {}, chosen, blocks, in.coin());
+    op<RouteBackward>("pattern_route_backward")(grad, x, weights, patterns, chosen, blocks, in.coin(), in.coin(), in.coin());
     if (bad) wrong("pattern_route accepted bad patterns");
   } catch (const std::runtime_error&) {
     if (!bad) wrong("pattern_route refused good patterns");
   }
 }
 
+void quantized(Bytes& in) {
+  const int64_t T = in.between(0, 70), P = 1 + in.byte() % 5, I = in.byte() % 90, O = in.byte() % 90, r = 1 + in.byte() % 9;
+  const Tensor x = reals(in, {T, I}, Dtype::Float), weights = reals(in, {T, P}, Dtype::Float);
+  const auto packed = [](int64_t patterns, int64_t rows, int64_t columns) {
+    return plain({patterns, (rows + 31) / 32, (columns + 3) / 4, 32, 4}, Dtype::Char);
+  };
+  Maybe bias;
+  if (in.coin()) bias = plain({O});
+  op<QuantizedRoute>("quantized_route")(x, weights, packed(P, O, I), plain({P, O}), plain({P, O}, Dtype::Int), bias);
+  const int64_t rows = P * (r + 1);
+  op<QuantizedLowRank>("quantized_low_rank")(x, packed(1, rows, I), plain({1, rows}), plain({1, rows}, Dtype::Int),
+                                             plain({P}), packed(1, O, P * r), plain({1, O}), plain({1, O}, Dtype::Int), bias);
+}
+
+void density(Bytes& in) {
+  const Dtype type = in.coin() ? Dtype::Double : Dtype::Float;
+  const int64_t T = in.between(0, 90), P = 1 + in.byte() % 5, I = in.byte() % 70, O = in.byte() % 70;
+  const Tensor x = plain({T, I}, type), weights = reals(in, {T, P}, type), patterns = plain({P, O, I}, type);
+  const Tensor threshold = reals(in, {T}, type);
+  Maybe bias;
+  if (in.coin()) bias = plain({O}, type);
+  const auto [out, kept] = op<Density>("pattern_route_density")(x, weights, patterns, threshold, bias);
+  for (int64_t t = 0; t < T; ++t)
+    if (kept.data<int64_t>()[t] < 0 || kept.data<int64_t>()[t] > O * I) wrong("pattern_route_density: kept");
+  op<DensityBackward>("pattern_route_density_backward")(plain({T, O}, type), x, weights, patterns, threshold);
+  const int64_t S = in.between(1, 300);
+  op<MagnitudeAbove>("magnitude_above")(reals(in, {T, S}, type), in.between(0, S - 1));
+}
+
+void drift(Bytes& in) {
+  const Dtype stored = any_float(in), type = sums_of(stored);
+  const int64_t B = 1 + in.byte() % 3, H = 1 + in.byte() % 4, N = in.between(0, 80), d = in.byte() % 70, D = 1 + in.byte() % 5;
+  const Tensor states = plain({B, N, d}, stored), positions = reals(in, {B, H, N, D}, type);
+  const Tensor weight = reals(in, {H, D, d}, type), alpha = plain({H}, type);
+  Maybe bias;
+  if (in.coin()) bias = plain({H, D}, type);
+  const Triple out = op<Drift>("flow_drift")(states, positions, weight, bias, alpha);
+  op<DriftBackward>("flow_drift_backward")(positions, plain({B, H, N, D}, type), plain({B, H, N}, type), states, weight,
+                                           alpha, std::get<1>(out));
+}
+
 void norm(Bytes& in) {
+  const Dtype stored = any_float(in);
   const int64_t B = 1 + in.byte() % 3, N = in.between(0, 80), d = in.byte() % 40;
   const char* mode = std::array{"mean", "causal", "entity"}[in.byte() % 3];
-  const Tensor states = plain({B, N, d}), energy = reals(in, {B, N}, Dtype::Float), grad = plain({B, N, d});
+  const Tensor states = plain({B, N, d}, stored), energy = reals(in, {B, N}, sums_of(stored)), grad = plain({B, N, d}, stored);
   Maybe lengths;
   if (in.coin()) lengths = wild_indices(in, {B}, N + 1);
   op<Norm>("flow_norm")(states, energy, lengths, 1e-6, mode);
@@ -237,7 +215,7 @@ void norm(Bytes& in) {
 
 void run_target(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  switch (in.byte() % 8) {
+  switch (in.byte() % 11) {
     case 0:
     case 1: return knn_of<float>(in, Dtype::Float);
     case 2: return knn_of<double>(in, Dtype::Double);
@@ -245,6 +223,9 @@ void run_target(const uint8_t* data, size_t size) {
     case 4: return streaming<double>(in, Dtype::Double);
     case 5: return gather(in);
     case 6: return route(in);
-    default: return norm(in);
+    case 7: return norm(in);
+    case 8: return drift(in);
+    case 9: return quantized(in);
+    default: return density(in);
   }
 }

@@ -36,5 +36,11 @@ using NormBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const May
 using Route = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, bool);
 using RouteBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, bool,
                            bool, bool);
+using QuantizedRoute = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&);
+using QuantizedLowRank = Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                              const Tensor&, const Tensor&, const Maybe&);
+using Density = Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&);
+using DensityBackward = Triple(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+using MagnitudeAbove = Tensor(const Tensor&, int64_t);
 
 }  // namespace ops

@@ -1,6 +1,5 @@
-// For ThreadSanitizer: the operators (quantized_route and route_density are missing) on four threads, two callers at a
-// time on the same inputs, and the stateful indexes shared by callers. Also checks that results do not depend on the
-// number of threads.
+// For ThreadSanitizer: the operators on four threads, two callers at a time on the same inputs, and the stateful indexes
+// shared by callers. Also checks that results do not depend on the number of threads.
 #include <cstdio>
 #include <random>
 
@@ -138,6 +137,35 @@ void route() {
   }
 }
 
+void quantized_and_density() {
+  const int64_t T = 900, P = 5, I = 67, O = 131, r = 6, rows = P * (r + 1);
+  const auto bytes = [](std::vector<int64_t> sizes) {
+    Tensor t(sizes, Dtype::Char);
+    for (int64_t i = 0; i < t.numel(); ++i) t.data<int8_t>()[i] = static_cast<int8_t>(i * 37 % 255 - 127);
+    return t;
+  };
+  const auto sums = [](std::vector<int64_t> sizes) {
+    Tensor t(sizes, Dtype::Int);
+    for (int64_t i = 0; i < t.numel(); ++i) t.data<int32_t>()[i] = static_cast<int32_t>(i % 91);
+    return t;
+  };
+  const Tensor x = random({T, I}, 1), weights = random({T, P}, 2), grad = random({T, O}, 3);
+  const Tensor packed = bytes({P, (O + 31) / 32, (I + 3) / 4, 32, 4}), scales = random({P, O}, 4), of_rows = sums({P, O});
+  twice("quantized_route",
+        [&] { return std::vector<Tensor>{op<QuantizedRoute>("quantized_route")(x, weights, packed, scales, of_rows, {})}; });
+  const Tensor down = bytes({1, (rows + 31) / 32, (I + 3) / 4, 32, 4}), up = bytes({1, (O + 31) / 32, (P * r + 3) / 4, 32, 4});
+  twice("quantized_low_rank", [&] {
+    return listed(op<QuantizedLowRank>("quantized_low_rank")(x, down, random({1, rows}, 5), sums({1, rows}), random({P}, 6),
+                                                             up, random({1, O}, 7), sums({1, O}), {}));
+  });
+  const Tensor patterns = random({P, O, I}, 8), threshold = random({T}, 9);
+  twice("pattern_route_density",
+        [&] { return listed(op<Density>("pattern_route_density")(x, weights, patterns, threshold, {})); });
+  twice("pattern_route_density_backward",
+        [&] { return listed(op<DensityBackward>("pattern_route_density_backward")(grad, x, weights, patterns, threshold)); });
+  twice("magnitude_above", [&] { return std::vector<Tensor>{op<MagnitudeAbove>("magnitude_above")(random({T, 300}, 10), 31)}; });
+}
+
 void streams() {
   dfn::Streams<float> index(2, 3);
   const Tensor points = random({500, 2, 3}, 1);
@@ -165,5 +193,6 @@ int main() {
   gather();
   norm_and_drift();
   route();
+  quantized_and_density();
   streams();
 }
