@@ -23,7 +23,7 @@ __attribute__((always_inline)) inline void fetch_ahead(const GatherProblem& g, c
   }
   if (at + kNear < end) {
     const int64_t i = query(at + kNear);
-    const int64_t bytes = g.c * int64_t(sizeof(V)) < 2 * kLine ? g.c * int64_t(sizeof(V)) : 2 * kLine;
+    const int64_t bytes = g.c * int64_t(sizeof(V)) < 4 * kLine ? g.c * int64_t(sizeof(V)) : 4 * kLine;
     for (int64_t s = 0; s < g.k; ++s) {
       const int64_t j = g.indices[i * g.k + s];
       if (static_cast<uint64_t>(j) >= static_cast<uint64_t>(g.N)) continue;
