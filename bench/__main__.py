@@ -15,7 +15,7 @@ import torch
 
 from . import plots, report
 from .cases import cases_for, quick_cases
-from .measure import ceilings
+from .timing import ceilings
 
 
 def main(argv: list[str] | None = None) -> int:

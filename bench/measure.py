@@ -1,10 +1,9 @@
 """How a case is measured: time, peak memory, error. A result that is not right gets no time."""
 
-import ctypes
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ import dfn_kernels as dk
 from dfn_kernels._backends import NAMES, missing
 
 from .cases import Case
+from .timing import peak_growth_mib, time_rounds
+
+OURS = ("native", "triton", "reference")  # everybody else is a peer
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Row:
     ms: float | None = None  # median; None where the result was wrong or the run failed
     ms_low: float | None = None  # 10 % quantile
     ms_high: float | None = None  # 90 % quantile
+    # of ours: time of the fastest peer over this one, round by round: the median and both quartiles
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     mib: float | None = None  # growth of peak memory
     error: float | None = None  # relative Frobenius error against float64; share of wrong entries for an exact op
     note: str = ""
@@ -32,75 +38,6 @@ class Row:
     tflop_per_s: float | None = None
 
     asdict = asdict
-
-
-# ---- time -----------------------------------------------------------------------------------------------------------
-def time_ms(run: Callable[[], object], device: str, seconds: float) -> list[float]:
-    """Times of single runs after warm-up, for about `seconds`; on a GPU with an L2 cache that was just overwritten."""
-    run()  # compiles what compiles
-    if device != "cpu":
-        return _cuda_times(run, seconds)
-    times: list[float] = []
-    start = time.perf_counter()
-    while (
-        not times or (len(times) < 3 and times[0] < 1e4) or (time.perf_counter() - start < seconds and len(times) < 200)
-    ):
-        before = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - before) * 1e3)
-    return times
-
-
-def _cuda_times(run: Callable[[], object], seconds: float) -> list[float]:
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < 10 or (time.perf_counter() - start < seconds and len(times) < 200):
-        flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
-
-
-def ceilings(device: str, small: bool = False) -> dict[str, float]:
-    """What this machine reaches at best: GB/s of a copy (read and written bytes), TFLOP/s of products by dtype."""
-    # a copy beyond any cache, a product large enough to be bound by arithmetic
-    words, n = (2**20, 256) if small else (2**26, 2048) if device == "cpu" else (2**29, 8192)
-    source = torch.ones(words, device=device)
-    target = torch.empty_like(source)
-    found = {"copy GB/s": 8 * words / min(time_ms(lambda: target.copy_(source), device, 0.3)) / 1e6}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        found[f"{str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / min(time_ms(lambda a=a, b=b: a @ b, device, 0.3)) / 1e9
-    return {name: round(value, 3) for name, value in found.items()}
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-def peak_growth_mib(run: Callable[[], object], device: str) -> float | None:
-    """By how much the peak exceeds what was held before. On a CPU the resident set, which Linux lets us reset."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except (OSError, AttributeError):
-        return None
-    before = _status_kib("VmRSS")
-    run()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
 # ---- right or wrong -------------------------------------------------------------------------------------------------
@@ -158,6 +95,11 @@ def _on_backend(op: Callable, backend: str) -> Callable:
     return run
 
 
+def _without_grad(op: Callable, inputs: dict) -> Tensor:
+    with torch.no_grad():
+        return op(**inputs)
+
+
 def training_step(case: Case, op: Callable, inputs: dict, grad: Tensor) -> Callable[[], object]:
     leaves = {n: x.detach().requires_grad_() if n in case.grads else x for n, x in inputs.items()}
     modules = (x for x in inputs.values() if isinstance(x, nn.Module))
@@ -180,15 +122,15 @@ def run_case(
     sizes = case.small if small else case.sizes
     inputs = case.make(**sizes, device=device, dtype=dtype)
     exact = exact_result(case, inputs, device)
-    rows = []
+    rows: dict[tuple[str, str], Row] = {}  # by contender and mode
+    runs: dict[str, dict[str, Callable]] = {"forward": {}, "training": {}}
     for who, op in contenders(case, device).items():
         if who in skip or ("compiled" in skip and who.startswith("compiled")):
             continue
         if who == "reference" and case.exact and sizes["N"] > 2**14:
             continue
-        kind = str(dtype).removeprefix("torch.")
-        row = Row(case.name, case.op, who, "forward", kind)
-        rows.append(row)
+        row = Row(case.name, case.op, who, "forward", str(dtype).removeprefix("torch."))
+        rows[who, "forward"] = row
         try:
             with torch.no_grad():
                 result = op(**inputs)
@@ -199,23 +141,43 @@ def run_case(
                 if not row.error <= allowed_error(case, dtype):
                     row.note = "wrong result"
                     continue
-            with torch.no_grad():
-                _fill(row, case, sizes, lambda op=op: op(**inputs), device, dtype, seconds)
+            run = partial(_without_grad, op, inputs)
+            row.mib = peak_growth_mib(run, device)
+            runs["forward"][who] = run
             if case.grads and who not in case.forward_only:
-                train = Row(case.name, case.op, who, "training", kind, note=row.note)
-                rows.append(train)
-                step = training_step(case, op, inputs, torch.randn_like(result))
-                _fill(train, case, sizes, step, device, dtype, seconds)
+                row = rows[who, "training"] = replace(row, mode="training", error=None)
+                run = training_step(case, op, inputs, torch.randn_like(result))
+                run()
+                row.mib = peak_growth_mib(run, device)
+                runs["training"][who] = run
         except (RuntimeError, ImportError) as error:  # out of memory, a peer that is not installed
-            rows[-1].note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    return rows
+            row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    for mode, entrants in runs.items():
+        times = time_rounds(entrants, device, seconds)
+        for who, taken in times.items():
+            fill(rows[who, mode], taken)
+        compare({who: rows[who, mode] for who in entrants}, times)
+    if case.work:
+        for (_, mode), row in rows.items():
+            if mode == "forward" and row.ms:
+                moved, operations = case.work(**sizes, itemsize=dtype.itemsize)
+                row.gb_per_s, row.tflop_per_s = moved / row.ms / 1e6, operations / row.ms / 1e9
+    return list(rows.values())
 
 
-def _fill(row: Row, case: Case, sizes: dict, run: Callable, device: str, dtype: torch.dtype, seconds: float) -> None:
-    times = sorted(time_ms(run, device, seconds))
+def fill(row: Row, times: list[float]) -> None:
+    times = sorted(times)
     row.ms = statistics.median(times)
     row.ms_low, row.ms_high = times[len(times) // 10], times[-1 - len(times) // 10]
-    row.mib = peak_growth_mib(run, device)
-    if case.work and row.mode == "forward":
-        moved, operations = case.work(**sizes, itemsize=dtype.itemsize)
-        row.gb_per_s, row.tflop_per_s = moved / row.ms / 1e6, operations / row.ms / 1e9
+
+
+def compare(rows: dict[str, Row], times: dict[str, list[float]]) -> None:
+    """Our rows against the peer of the least median time."""
+    peer = min((who for who in rows if who not in OURS), key=lambda who: rows[who].ms, default=None)
+    if peer is None:
+        return
+    for who in (who for who in rows if who in OURS):
+        ratios = sorted(theirs / ours for ours, theirs in zip(times[who], times[peer], strict=False))
+        row, last = rows[who], len(ratios) - 1
+        row.ratio = statistics.median(ratios)
+        row.ratio_low, row.ratio_high = ratios[last // 4], ratios[last - last // 4]

@@ -28,7 +28,7 @@ def _speedups(axis, rows: list[Row]) -> None:
     bars = []
     for row in rows:
         if row.who in ("native", "triton") and row.ms and (peer := best_peer(row, rows)):
-            bars.append((peer.ms / row.ms, f"{row.case}  {row.mode}", peer.who))
+            bars.append((row.ratio, f"{row.case}  {row.mode}", peer.who))
     bars.reverse()  # the first case on top
     axis.barh(range(len(bars)), [ratio for ratio, *_ in bars], color=OURS, height=0.7)
     for height, (ratio, _, who) in enumerate(bars):

@@ -11,10 +11,9 @@ import torch
 from tqdm import tqdm
 
 from .cases import Case, quick_cases
-from .measure import Row, run_case
+from .measure import OURS, Row, run_case
 
 COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
-OURS = ("native", "triton", "reference")
 
 
 def measure_all(cases: Iterable[Case], **options) -> list[Row]:
@@ -26,10 +25,12 @@ def measure_all(cases: Iterable[Case], **options) -> list[Row]:
     return rows
 
 
-def _speedup(row: Row, rows: list[Row]) -> str:
-    """Time of the fastest peer over this row's, both from the same run of the same case."""
-    peer = best_peer(row, rows)
-    return f"{peer.ms / row.ms:.2f}x" if row.ms and row.who in OURS and peer else ""
+def _speedup(row: Row, digits: int = 2) -> str:
+    """Time of the fastest peer over this row's, in the same rounds: the median and, in brackets, both quartiles."""
+    if row.ratio is None:
+        return ""
+    middle, low, high = (f"{ratio:.{digits}f}" for ratio in (row.ratio, row.ratio_low, row.ratio_high))
+    return f"{middle}x ({low}-{high})"
 
 
 def best_peer(row: Row, rows: list[Row]) -> Row | None:
@@ -43,7 +44,7 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 
     return [
         (
-            row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row, rows), number(row.mib, ".1f"),
+            row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row), number(row.mib, ".1f"),
             number(row.gb_per_s, ".1f"), number(row.tflop_per_s, ".3f"), number(row.error, ".1e"), row.note,
         )
         for row in rows
@@ -97,7 +98,8 @@ def write(rows: list[Row], folder: Path, ceilings: dict[str, float]) -> Path:
     path.write_text(json.dumps(result, indent=1) + "\n")
     title = ", ".join(f"{name} {value}" for name, value in facts.items())
     note = (
-        "Median of repeated runs in milliseconds; MiB is the growth of peak memory; error is relative to float64. "
+        "Median of repeated runs in milliseconds, in which everybody took turns; the ratio is of times from the same "
+        "turn, with both quartiles; MiB is the growth of peak memory; error is relative to float64. "
         "GB/s and TFLOP/s count what the op has to move and compute at least; this machine reaches "
         + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items())
         + ".\n"
@@ -119,10 +121,10 @@ def readme_table(path: Path) -> str:
         if peer:
             memory = "" if None in (ours.mib, peer.mib) else f"{ours.mib:.0f} / {peer.mib:.0f}"
             what = f"{peer.ms:.1f} ({peer.who})"
-            ratio = f"{peer.ms / ours.ms:.1f}x"
-            lines.append(f"| {ours.case} | {ours.mode} | {ours.ms:.1f} | {what} | {ratio} | {memory} |")
+            lines.append(f"| {ours.case} | {ours.mode} | {ours.ms:.1f} | {what} | {_speedup(ours, 1)} | {memory} |")
     made_by = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    return "\n".join(lines) + f"\n\nMedians of one run, float32: {made_by}.\n"
+    what = "Medians of one run in which everybody took turns, float32; of the ratio, in brackets, both quartiles"
+    return "\n".join(lines) + f"\n\n{what}: {made_by}.\n"
 
 
 def update_readme(result: Path, readme: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfn_kernels import _backends, route_cuda
 
-from .measure import time_ms
+from .timing import time_ms
 
 #         T, P, I, O
 SIZES = [

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from .cases import CASES, Case
-from .measure import contenders, time_ms, training_step
+from .measure import contenders, training_step
 from .report import machine
+from .timing import time_ms
 
 
 def sizes_up_to(most: int) -> list[int]:

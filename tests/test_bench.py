@@ -1,6 +1,7 @@
 """Every benchmark case at its small size: all contenders run and agree; the instruments themselves measure."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from helpers import INTERPRETED
 from bench import report
 from bench.__main__ import main
 from bench.cases import CASES, Case
-from bench.measure import peak_growth_mib, run_case
+from bench.measure import Row, compare, fill, run_case
+from bench.timing import peak_growth_mib, time_rounds
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter is no contender")
 # cases that differ in size only, once
@@ -32,6 +34,19 @@ def test_wrong_result_gets_no_time():
     wrong = Case(**{**vars(case), "peers": {"off by 1 %": lambda **inputs: 1.01 * case.ours(**inputs)}})
     rows = [row for row in run_case(wrong, small=True, seconds=0) if row.who == "off by 1 %"]
     assert [(row.ms, row.note) for row in rows] == [(None, "wrong result")]
+
+
+def test_rounds_take_turns_and_ratios_are_of_the_same_turn():
+    order = []
+    times = time_rounds({who: partial(order.append, who) for who in "ab"}, "cpu", 0)
+    assert order == list("ab") * 4 and [len(taken) for taken in times.values()] == [3, 3]  # the first is warm-up
+    rows = {who: Row("case", "op", who, "forward", "float32") for who in ("native", "slow", "fast")}
+    times = {"native": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [3.0, 8.0, 4.0, 5.0]}
+    for who, row in rows.items():
+        fill(row, times[who])
+    compare(rows, times)
+    assert rows["native"].ms == 2 and rows["fast"].ms == 4.5 and rows["fast"].ratio is None
+    assert (rows["native"].ratio_low, rows["native"].ratio, rows["native"].ratio_high) == (1, 3, 4)
 
 
 def test_peak_memory():

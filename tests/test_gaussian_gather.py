@@ -420,7 +420,7 @@ def test_bad_input(case):
 @pytest.mark.parametrize("attention", [False, True], ids=["gather", "attention"])
 def test_memory_grows_with_entities_and_edges_not_with_their_product(attention):
     """Forward and backward: O(N (c + k)). The reference, which builds [N, k, c], breaks the same bound."""
-    from bench.measure import peak_growth_mib
+    from bench.timing import peak_growth_mib
 
     N, D, c, k = 50_021, 3, 96, 32
     positions = torch.rand(1, 1, N, D).requires_grad_()

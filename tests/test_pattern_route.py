@@ -354,7 +354,7 @@ def test_autocast(backend):
 
 MEMORY = """
 import sys, torch
-from bench.measure import peak_growth_mib
+from bench.timing import peak_growth_mib
 from dfn_kernels import pattern_route
 dtype, top_k = getattr(torch, sys.argv[1]), int(sys.argv[2]) or None
 T, P, d = 8192, 8, 512
