@@ -4,13 +4,14 @@
 
 For every case with a number of entities N, and every contender: the median time at N = 4096, 8192, ... up to --most. A
 contender that took over --patience seconds is not asked for more. Prints the exponent of the growth (a straight line
-through the logarithms, from 32k on where there are three points); writes JSON and a plot.
+through the logarithms), over all sizes and from 32k on; writes JSON and a plot.
 """
 
 import argparse
 import json
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from .cases import CASES, Case
 from .measure import contenders, training_step
 from .report import machine
-from .timing import time_ms
+from .timing import time_ms, time_rounds
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -29,38 +30,51 @@ def sizes_up_to(most: int) -> list[int]:
 
 def exponent(points: list[tuple[int, float]]) -> float | None:
     """Slope of log(time) over log(N)."""
-    far = [p for p in points if p[0] >= 2**15]
-    points = far if len(far) >= 3 else points
     if len(points) < 2:
         return None
     return statistics.linear_regression([math.log(n) for n, _ in points], [math.log(t) for _, t in points]).slope
 
 
-def grow(case: Case, most: int, patience: float, device: str) -> list[dict]:
-    """One row per contender and mode: {case, who, mode, points: [[N, ms], ...], exponent}."""
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+def grow(
+    case: Case, most: int, patience: float, device: str, skip: Sequence[str] = (), seconds: float = 0.3
+) -> list[dict]:
+    """One row per contender and mode: {case, who, mode, points: [[N, ms], ...], exponent, exponent_from_32k}.
+
+    All sizes take turns, like everybody in `measure`: an exponent would else tell of the machine's other work.
+    """
+    runs: dict[tuple[str, str, int], Callable[[], object]] = {}
     stopped: set[tuple[str, str]] = set()
     for n in tqdm(sizes_up_to(most), desc=case.op, leave=False):
         torch.manual_seed(0)
         inputs = case.make(**{**case.sizes, "N": n}, device=device, dtype=torch.float32)
         for who, op in contenders(case, device).items():
             for mode in ("forward", "training") if case.grads else ("forward",):
-                if (who, mode) in stopped:
+                if who in skip or (who, mode) in stopped:
                     continue
                 try:
                     result = op(**inputs)
                     run = partial(op, **inputs)
                     if mode == "training":
                         run = training_step(case, op, inputs, torch.randn_like(result))
-                    ms = statistics.median(time_ms(run, device, 0.3))
+                    (ms,) = time_ms(run, device, 0)[:1]
                 except (RuntimeError, MemoryError, ImportError):
                     stopped.add((who, mode))
                     continue
-                curves.setdefault((who, mode), []).append((n, ms))
+                runs[who, mode, n] = run
                 if ms > patience * 1e3:
                     stopped.add((who, mode))
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for (who, mode, n), times in time_rounds(runs, device, seconds).items():
+        curves.setdefault((who, mode), []).append((n, statistics.median(times)))
     return [
-        {"case": case.op, "who": who, "mode": mode, "points": points, "exponent": exponent(points)}
+        {
+            "case": case.op,
+            "who": who,
+            "mode": mode,
+            "points": points,
+            "exponent": exponent(points),
+            "exponent_from_32k": exponent([p for p in points if p[0] >= 2**15]),
+        }
         for (who, mode), points in curves.items()
     ]
 
@@ -92,6 +106,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
+    parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out")
     parser.add_argument("--most", type=int, default=2**20)
     parser.add_argument("--patience", type=float, default=4.0, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -103,13 +118,13 @@ def main() -> None:
             seen.setdefault((case.op, case.sizes.get("D"), case.sizes.get("c")), case)
     rows = []
     for case in seen.values():
-        for row in grow(case, given.most, given.patience, given.device):
+        for row in grow(case, given.most, given.patience, given.device, given.skip):
             row["case"] = case.op + "".join(f" {k}={v}" for k, v in case.sizes.items() if k != "N")
             rows.append(row)
             last = row["points"][-1]
-            slope = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
+            slopes = [f"{row[key] or math.nan:.2f}" for key in ("exponent", "exponent_from_32k")]
             name = f"{row['case']:45} {row['mode']:9} {row['who']:34}"
-            print(f"{name} exponent {slope:5} {last[1]:10.1f} ms at N = {last[0]}")
+            print(f"{name} exponent {slopes[0]}, from 32k {slopes[1]} {last[1]:10.1f} ms at N = {last[0]}")
     given.out.mkdir(parents=True, exist_ok=True)
     facts = machine()
     path = given.out / f"{facts['date']}-scaling-{facts['threads']}threads.json"

@@ -56,7 +56,7 @@ def grid_cases():
         yield Case(grid.place_kernel, GRID, {"D": D, **size})
         yield Case(grid.pack_kernel, GRID, {"D": D, **size})
         for box in (64, 128, 256, 512, 1024):
-            yield Case(grid.box_kernel, GRID, {"D": D, "BOX": box}, num_warps=1)
+            yield Case(grid.box_kernel, GRID, {"D": D, "BOX": box}, num_warps=grid.box_warps(box))
         types = {"P": FLOAT, "Q": FLOAT, "BOUND": FLOAT, "WARM": LONG}
         yield Case(warm.warm_kernel, types, {"D": D, "BM": 128}, options=brute.EXACT)
 

@@ -217,6 +217,10 @@ def box_kernel(
 BM = 256
 
 
+def box_warps(box: int) -> int:
+    return max(1, box // 256)  # one for 1,024 points spills on sm_100
+
+
 def _keys(x: Tensor, lengths: Tensor | None, layout: Layout, cuts: Cuts, hash_bits: int, queries: bool) -> Tensor:
     B, rows, D = x.shape
     total = B * (rows if queries else layout.slots)
@@ -270,7 +274,8 @@ def build(points: Tensor, lengths: Tensor | None, layout: Layout, copies: int) -
     box_kernel[(boxes,)](
         grid.points, grid.ids, starts,
         grid.edges, grid.first,
-        total, layout.slots, pitch, layout.C, layout.levels, layout.cells, D=D, BOX=layout.box, num_warps=1,
+        total, layout.slots, pitch, layout.C, layout.levels, layout.cells, D=D, BOX=layout.box,
+        num_warps=box_warps(layout.box),
     )  # fmt: skip
     low, high = grid.edges[:, :, :boxes].reshape(2, D, -1, SUPER)
     grid.edges[0, :, boxes:] = low.amin(2)
