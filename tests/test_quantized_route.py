@@ -3,7 +3,7 @@ import torch
 from helpers import DEVICE, INTERPRETED, same_bits
 from test_pattern_route import make, softmax_weights
 
-from dfn_kernels import pattern_route, quantize_patterns
+from dfn_kernels import _native, pattern_route, quantize_patterns
 
 pytestmark = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="a kernel for the CPU")
 
@@ -59,6 +59,16 @@ def test_not_a_number_stays_in_its_row():
     inputs["x"][3, 4], inputs["x"][5, 6] = float("nan"), float("inf")
     y = quantize_patterns(inputs.pop("patterns"))(**inputs)
     assert not y[[3, 5]].isfinite().any() and y[[0, 1, 2, 4, 6]].isfinite().all()
+
+
+@pytest.mark.skipif(_native.CPU_MISSING is not None, reason="only the compiled library rounds x")
+def test_tokens_near_underflow():
+    """Down to 4e-37 they count; below, their scale's inverse is infinite, and they count as 0."""
+    quantized, weights = quantize_patterns(torch.ones(1, 3, 70)), torch.ones(2, 1)
+    y = quantized(torch.tensor([[5e-37], [3e-37]]).expand(2, 70), weights)
+    # scale of the token times that of the pattern, 3.1e-41, has 15 bits
+    torch.testing.assert_close(y[0], torch.full((3,), 70 * 5e-37), rtol=2**-15, atol=0)
+    assert y[1].eq(0).all() and quantized(torch.full((2, 70), 1e-40), weights).eq(0).all()
 
 
 def test_largest_sums_do_not_overflow():

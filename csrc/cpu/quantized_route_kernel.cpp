@@ -101,7 +101,8 @@ void quantize_tokens(const QuantizedProblem& g, int64_t begin, int64_t end) {
       float most;
       std::memcpy(&most, &bits, 4);
       if (t < g.T) g.token_scales[t] = most / 127;  // infinite or NaN: so is the whole row of out
-      const float inverse = t < g.T && most > 0 && most <= 3.4e38f ? 127 / most : 0.0f;
+      // 127 / most must be finite: tokens of nothing above 4e-37 count as 0.
+      const float inverse = t < g.T && most > 4e-37f && most <= 3.4e38f ? 127 / most : 0.0f;
       for (int64_t i = 0; i < g.I; i += kBlock) {
         const int64_t count = g.I - i < kBlock ? g.I - i : kBlock;
         uint8_t block[kBlock];
