@@ -148,6 +148,15 @@ def test_not_a_number_is_seen():
     assert y[7].isnan().all() and y[6].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_weight_is_infinite(backend):
+    """A kernel's registers reach beyond I: what infinity makes of the zeros there is neither counted nor added."""
+    x, weights, patterns = (torch.rand(shape, device=DEVICE) + 0.1 for shape in ((7, 17), (7, 3), (3, 13, 17)))
+    weights[2, 1] = float("inf")
+    y, kept = torch.ops.dfn.pattern_route_density(x, weights, patterns, torch.full((7,), 1e-3, device=DEVICE), None)
+    assert y[2].isposinf().all() and y[[0, 1, 3, 4, 5, 6]].isfinite().all() and kept.eq(13 * 17).all()
+
+
 def test_dtype_of_the_output():
     assert pattern_route(**make(dtype=torch.bfloat16), density=0.1).dtype == torch.bfloat16
     assert pattern_route(**make(dtype=torch.bfloat16), density=0.1, out_dtype=torch.float32).dtype == torch.float32

@@ -27,7 +27,16 @@ template <class A> struct Problem {
   }
 };
 
+template <class A> using Mask = decltype(Vec<A>{} < Vec<A>{});
 template <class A> inline Vec<A> magnitude(Vec<A> v) { return v < Vec<A>{} ? -v : v; }
+
+// Which of the lanes from i on are not kept; those beyond I never are, whatever infinite weights have made of them.
+template <class A> inline Mask<A> dropped_of(const Problem<A>& k, Vec<A> mixed, A threshold, int64_t i) {
+  Mask<A> drop = magnitude<A>(mixed) <= threshold;
+  if (i + kLanes<A> > k.g.I)
+    for (int64_t l = k.g.I - i; l < kLanes<A>; ++l) drop[l] = -1;
+  return drop;
+}
 
 // Lanes i of the mixed row of `Count` tokens
 template <int Count, class A>
@@ -42,22 +51,21 @@ inline void mix(const Problem<A>& k, const A* rows, const A* weights, int64_t i,
 
 template <int Count, class A>
 void forward_row(const Problem<A>& k, const A* rows, const A* x, int64_t t, int64_t o) {
-  typedef decltype(Vec<A>{} < Vec<A>{}) Mask;
   Vec<A> total[Count] = {};
-  Mask dropped[Count] = {};
+  Mask<A> dropped[Count] = {};
   for (int64_t i = 0; i < k.width; i += kLanes<A>) {
     Vec<A> mixed[Count];
     mix<Count>(k, rows, k.weights + t * k.g.P, i, mixed);
     for (int b = 0; b < Count; ++b) {
-      const Mask drop = magnitude<A>(mixed[b]) <= k.threshold[t + b];
+      const Mask<A> drop = dropped_of<A>(k, mixed[b], k.threshold[t + b], i);
       dropped[b] += drop;
       total[b] = fused_multiply_add<A>(drop ? Vec<A>{} : mixed[b], load(x + b * k.width + i), total[b]);
     }
   }
   for (int b = 0; b < Count; ++b) {
-    int64_t count = k.width;  // the lanes beyond I are 0, and dropped by any threshold that drops something
+    int64_t count = k.width;
     for (int l = 0; l < kLanes<A>; ++l) count += dropped[b][l];
-    k.g.kept[t + b] += k.threshold[t + b] >= 0 ? count : k.g.I;
+    k.g.kept[t + b] += count;
     static_cast<A*>(k.g.out)[(t + b) * k.g.O + o] = sum<A>(total[b]) + (k.bias ? k.bias[o] : A(0));
   }
 }
@@ -95,7 +103,7 @@ template <class A> void backward_tokens(const DensityProblem& g, int64_t begin, 
       for (int64_t i = 0; i < k.width; i += L) {
         Vec<A> mixed[1];
         mix<1>(k, rows.data, k.weights + t * g.P, i, mixed);
-        const auto drop = magnitude<A>(mixed[0]) <= threshold;
+        const Mask<A> drop = dropped_of<A>(k, mixed[0], threshold, i);
         store(load(grad_x_row + i) + slope * (drop ? Vec<A>{} : mixed[0]), grad_x_row + i);
         const Vec<A> outer = drop ? Vec<A>{} : slope * load(x_row + i);
         for (int64_t p = 0; p < g.P; ++p)
@@ -124,7 +132,7 @@ template <class A> void backward_patterns(const DensityProblem& g, int64_t begin
       for (int64_t i = 0; i < k.width; i += L) {
         Vec<A> mixed[1];
         mix<1>(k, rows.data, weights, i, mixed);
-        const auto drop = magnitude<A>(mixed[0]) <= threshold;
+        const Mask<A> drop = dropped_of<A>(k, mixed[0], threshold, i);
         const Vec<A> outer = drop ? Vec<A>{} : slope * load(x.data + i);
         for (int64_t p = 0; p < g.P; ++p) {
           A* sums = total.data + p * k.width + i;
