@@ -13,15 +13,17 @@ const V* state_of(const DriftProblem& g, int64_t entity) {
   return g.states.row<const V>(entity / g.N, 0, entity % g.N);
 }
 
-// out[r * J + j] = <rows[r], weight row j>. The order of the sum does not depend on R and J.
+// out[r * J + j] = <rows[r], weight row j>. The order of the sum does not depend on R and J. Rows side by side are too
+// many streams for the processor to foresee: what lies `ahead` of them is fetched by hand.
 template <int R, int J, class A, class V>
-inline void dots(const V* const* rows, const A* weight, int64_t d, A* out, int64_t stride) {
+inline void dots(const V* const* rows, const A* weight, int64_t d, A* out, int64_t stride, int64_t ahead) {
   Vec<A> acc[R][J] = {};
   int64_t x = 0;
   for (; x + kLanes<A> <= d; x += kLanes<A>) {
     Vec<A> w[J];
     for (int j = 0; j < J; ++j) w[j] = load(weight + j * d + x);
     for (int r = 0; r < R; ++r) {
+      if (ahead) __builtin_prefetch(rows[r] + x + ahead);
       const Vec<A> s = load(rows[r] + x);
       for (int j = 0; j < J; ++j) acc[r][j] = multiply_add(s, w[j], acc[r][j]);
     }
@@ -35,13 +37,14 @@ inline void dots(const V* const* rows, const A* weight, int64_t d, A* out, int64
 }
 
 template <int R, class A, class V>
-inline void all_dots(const V* const* rows, const A* weight, int64_t outputs, int64_t d, A* out) {
+inline void all_dots(const V* const* rows, const A* weight, int64_t outputs, int64_t d, A* out, int64_t ahead = 0) {
   int64_t j = 0;
-  for (; j + kOutputs <= outputs; j += kOutputs) dots<R, kOutputs, A, V>(rows, weight + j * d, d, out + j, outputs);
+  for (; j + kOutputs <= outputs; j += kOutputs, ahead = 0)
+    dots<R, kOutputs, A, V>(rows, weight + j * d, d, out + j, outputs, ahead);
   switch (outputs - j) {
-    case 3: return dots<R, 3, A, V>(rows, weight + j * d, d, out + j, outputs);
-    case 2: return dots<R, 2, A, V>(rows, weight + j * d, d, out + j, outputs);
-    case 1: return dots<R, 1, A, V>(rows, weight + j * d, d, out + j, outputs);
+    case 3: return dots<R, 3, A, V>(rows, weight + j * d, d, out + j, outputs, ahead);
+    case 2: return dots<R, 2, A, V>(rows, weight + j * d, d, out + j, outputs, ahead);
+    case 1: return dots<R, 1, A, V>(rows, weight + j * d, d, out + j, outputs, ahead);
   }
 }
 
@@ -56,8 +59,9 @@ void forward(const DriftProblem& g, int64_t begin, int64_t end) {
     const int count = end - first < kRows ? int(end - first) : kRows;
     const V* rows[kRows];
     for (int r = 0; r < count; ++r) rows[r] = state_of<A, V>(g, first + r);
-    if (count == kRows)
-      all_dots<kRows, A, V>(rows, weight, outputs, g.d, found.data);
+    // Few outputs wait for memory, and one row after the other is what the processor foresees best.
+    if (count == kRows && outputs > kOutputs)
+      all_dots<kRows, A, V>(rows, weight, outputs, g.d, found.data, 2 * kRows * g.states.sN);
     else
       for (int r = 0; r < count; ++r) all_dots<1, A, V>(rows + r, weight, outputs, g.d, found.data + r * outputs);
     for (int r = 0; r < count; ++r) {
