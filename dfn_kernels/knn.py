@@ -106,7 +106,7 @@ def _op(
 
         indices, sq_dists = triton_knn(*arguments, warm, index)
     else:
-        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, warm, index)
+        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index)
     return sq_dists, indices
 
 
@@ -271,7 +271,8 @@ class KNNIndex:
         """The k nearest positions of every query (of every position without queries), as `knn` gives them.
 
         `warm`: the neighbours found before for the same queries and k, for instance before the positions moved a
-        little. Their new distances bound the search; the result is the same with any `warm`, right or wrong.
+        little. On a GPU their new distances bound the search; the CPU's search finds a bound sooner than it could
+        compute theirs, and does not look at them. The result is the same with any `warm`, right or wrong.
         """
         found = None if warm is None else warm.indices
         are_flags(OP, causal=causal, include_self=include_self)

@@ -33,36 +33,6 @@ int64_t length_of(const std::optional<Tensor>& lengths, int64_t b, int64_t most)
   return std::clamp<int64_t>(static_cast<const int64_t*>(lengths->data_ptr())[b], 0, most);
 }
 
-// Of each query, the largest distance to the k points of `warm`, if they are k distinct points that it may see: then
-// its k-th neighbour is at most that far. Else inf.
-template <class T>
-void warm_bounds(const knn::Request<T>& r, const int64_t* warm, T* bound, const knn::Pool& pool) {
-  const T* queries = r.queries ? r.queries : r.points;
-  knn::for_pieces(pool, r.m, 1024, [&](int, int64_t begin, int64_t end) {
-    std::vector<int64_t> seen(r.k);
-    for (int64_t i = begin; i < end; ++i) {
-      T most = 0;
-      bool usable = true;
-      for (int s = 0; s < r.k && usable; ++s) {
-        const int64_t j = warm[i * r.k + s];
-        usable = j >= 0 && j < r.n && (r.include_self || j != i) && (!r.causal || j <= i);
-        if (!usable) break;
-        seen[s] = j;
-        T sum = 0;
-        for (int d = 0; d < r.dims; ++d) {
-          const T x = r.points[j * r.dims + d] - queries[i * r.dims + d];
-          sum += x * x;
-        }
-        usable = sum < std::numeric_limits<T>::infinity();
-        most = std::max(most, sum);
-      }
-      std::sort(seen.begin(), seen.end());
-      usable = usable && std::adjacent_find(seen.begin(), seen.end()) == seen.end();
-      bound[i] = usable ? most : std::numeric_limits<T>::infinity();
-    }
-  });
-}
-
 template <class T>
 void fill(knn::Request<T>& r, int64_t from, int64_t rows) {
   std::fill(r.ids + from * r.k, r.ids + rows * r.k, int64_t(-1));
@@ -86,7 +56,7 @@ int64_t next_index = 1;
 template <class T>
 void run(const Tensor& points, const std::optional<Tensor>& queries, const std::optional<Tensor>& lengths,
          const std::optional<Tensor>& query_lengths, int64_t k, bool causal, bool include_self,
-         const std::optional<Tensor>& warm, const Grids<T>* grids, Tensor& ids, Tensor& dists) {
+         const Grids<T>* grids, Tensor& ids, Tensor& dists) {
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2), M = ids.size(1);
   const knn::Pool pool = torch_pool();
   auto one = [&](int64_t b, const knn::Pool& threads) {
@@ -101,12 +71,6 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const std::
     r.include_self = include_self;
     r.ids = static_cast<int64_t*>(ids.data_ptr()) + b * M * k;
     r.dists = static_cast<T*>(dists.data_ptr()) + b * M * k;
-    std::vector<T> bound;
-    if (warm) {
-      bound.resize(r.m);
-      warm_bounds(r, static_cast<const int64_t*>(warm->data_ptr()) + b * M * k, bound.data(), threads);
-      r.bound = bound.data();
-    }
     knn::search(r, grids ? (*grids)[b].get() : nullptr, threads);
     fill(r, r.m, M);
   };
@@ -121,8 +85,7 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const std::
 // -> indices [B, M, k] int64, squared distances [B, M, k]
 std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tensor>& queries,
                                   const std::optional<Tensor>& lengths, const std::optional<Tensor>& query_lengths,
-                                  int64_t k, bool causal, bool include_self, const std::optional<Tensor>& warm,
-                                  int64_t index) {
+                                  int64_t k, bool causal, bool include_self, int64_t index) {
   STD_TORCH_CHECK(points.dim() == 3, "points: expected 3 dimensions");
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
   const ScalarType real = points.scalar_type();
@@ -136,7 +99,6 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
   if (queries) check_dense(*queries, "queries", real, {B, M, D});
   if (lengths) check_dense(*lengths, "lengths", ScalarType::Long, {B});
   if (query_lengths) check_dense(*query_lengths, "query_lengths", ScalarType::Long, {B});
-  if (warm) check_dense(*warm, "warm", ScalarType::Long, {B, M, k});
   Tensor ids = new_empty(points, {B, M, k}, ScalarType::Long);
   Tensor dists = new_empty(points, {B, M, k});
   knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
@@ -149,11 +111,10 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
     if (at != indexes.end() && at->second->points.data_ptr() == points.data_ptr()) built = at->second;
   }
   if (real == ScalarType::Float)
-    run<float>(points, queries, lengths, query_lengths, k, causal, include_self, warm, built ? &built->f32 : nullptr,
-               ids, dists);
+    run<float>(points, queries, lengths, query_lengths, k, causal, include_self, built ? &built->f32 : nullptr, ids, dists);
   else
-    run<double>(points, queries, lengths, query_lengths, k, causal, include_self, warm, built ? &built->f64 : nullptr,
-                ids, dists);
+    run<double>(points, queries, lengths, query_lengths, k, causal, include_self, built ? &built->f64 : nullptr, ids,
+                dists);
   return {ids, dists};
 }
 
@@ -198,7 +159,7 @@ void knn_forget(int64_t index) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cpu, m) {
   m.def("knn(Tensor points, Tensor? queries, Tensor? lengths, Tensor? query_lengths, int k, bool causal, "
-        "bool include_self, Tensor? warm, int index=0) -> (Tensor, Tensor)");
+        "bool include_self, int index=0) -> (Tensor, Tensor)");
   m.def("knn_index(Tensor points, Tensor? lengths) -> int");
   m.def("knn_forget(int index) -> ()");
 }

@@ -97,7 +97,6 @@ Search<T> basic(const Request<T>& r) {
   s.k = r.k;
   s.self_allowed = r.include_self;
   s.mask = r.causal ? Mask::limit : r.include_self ? Mask::all : Mask::not_self;
-  s.bound = r.bound;
   s.out_ids = r.ids;
   s.out_dists = r.dists;
   return s;

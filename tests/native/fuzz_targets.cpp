@@ -49,7 +49,7 @@ void knn_of(Bytes& in, Dtype type) {
   const int64_t k = in.coin() ? in.between(1, 20) : in.between(1, std::clamp<int64_t>(30000 / (N + 1), 20, 1024));
   bool causal = in.coin(), include_self = in.coin();
   const Tensor points = reals(in, {B, N, D}, type);
-  Maybe queries, lengths, query_lengths, warm;
+  Maybe queries, lengths, query_lengths;
   int64_t M = N;
   if (in.coin()) {
     M = in.between(0, 200);
@@ -58,12 +58,11 @@ void knn_of(Bytes& in, Dtype type) {
   }
   if (in.coin()) lengths = wild_indices(in, {B}, N + 1);
   if (queries && in.coin()) query_lengths = wild_indices(in, {B}, M + 1);
-  if (in.coin()) warm = wild_indices(in, {B, M, k}, N);
   int64_t index = 0;
   if (in.coin()) index = op<KnnIndex>("knn_index")(points, lengths);
   if (in.coin() && lengths) lengths->data<int64_t>()[0] = in.wild(N + 1);  // not those of the index
   const auto [ids, dists] =
-      op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, warm, index);
+      op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index);
   if (index) op<KnnForget>("knn_forget")(index);
   for (int64_t b = 0; b < B; ++b) {
     const auto length = [&](const Maybe& l, int64_t most) {

@@ -18,7 +18,7 @@ F* op(const char* name) {
   return torch::stable::Library::get().op<F>(name);
 }
 
-using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, const Maybe&, int64_t);
+using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, int64_t);
 using KnnIndex = int64_t(const Tensor&, const Maybe&);
 using KnnForget = void(int64_t);
 using Gather = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,

@@ -25,7 +25,6 @@ struct Request {
   int k;
   bool causal = false;  // only points with id <= the query's
   bool include_self = true;
-  const T* bound = nullptr;  // [m]: the k-th distance is known to be at most this
   int64_t* ids;         // [m][k]
   T* dists;             // [m][k]
 };

@@ -25,14 +25,13 @@ struct Worker {
   Absorb<T> absorb;
   int k, K, P;
   int64_t room;  // of a pending list
-  const T* bound;
   double* best;
   T* pending;
   uint32_t* pending_id;
   double* keys;
 
-  Worker(const Scratch& s, int k, const T* bound)
-      : k(k), K(list_length(k)), P(pending_length(K)), room(P + kStep), bound(bound), best((double*)s.best), pending((T*)s.pending),
+  Worker(const Scratch& s, int k)
+      : k(k), K(list_length(k)), P(pending_length(K)), room(P + kStep), best((double*)s.best), pending((T*)s.pending),
         pending_id(s.pending_id), keys((double*)s.keys) {
     absorb = absorb_for<T>(K);
   }
@@ -100,7 +99,7 @@ static void flush(const Worker<T>& w, Group<T>& g, int h, int count, bool strict
 }
 
 template <class T>
-DFN_INLINE void start(const Worker<T>& w, Group<T>& g, Mask mask, bool self_allowed) {
+DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
   g.halves = g.count > kLanes ? 2 : 1;
   for (int i = g.count; i < kGroup; ++i) g.id[i] = g.id[g.count - 1];
   for (int h = 0; h < g.halves; ++h) {
@@ -108,7 +107,7 @@ DFN_INLINE void start(const Worker<T>& w, Group<T>& g, Mask mask, bool self_allo
     typename BitsOf<T>::type self[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const uint32_t id = g.id[h * kLanes + l];
-      reach[l] = w.bound ? after(w.bound[id]) : (T)__builtin_inff();
+      reach[l] = (T)__builtin_inff();
       self[l] = (typename BitsOf<T>::type)id - (mask == Mask::limit && !self_allowed ? 1 : 0);
     }
     __builtin_memcpy(&g.self[h], self, sizeof self);

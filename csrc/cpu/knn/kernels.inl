@@ -29,7 +29,7 @@ static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const
   const Grid<T>& queries = *s.queries;
   const Grid<T>& points = *s.points;
   const int dims = D > 0 ? D : points.dims;
-  const Worker<T> w(scratch, s.k, s.bound);
+  const Worker<T> w(scratch, s.k);
   Group<T> g;
   Lanes<T>* q = (Lanes<T>*)scratch.queries;
   const int below = (points.slab_axis < points.sort_axis) + (points.strip_axis < points.sort_axis);
@@ -55,7 +55,7 @@ static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const
     }
     if (g.count == 0) continue;
     for (int i = g.count; i < kGroup; ++i) place[i] = place[g.count - 1];
-    start(w, g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];
@@ -79,13 +79,13 @@ static void scan_points(const Search<T>& s, uint32_t begin, uint32_t end, const 
   const Grid<T>& queries = *s.queries;
   const Grid<T>& points = *s.points;
   const int dims = points.dims;
-  const Worker<T> w(scratch, s.k, s.bound);
+  const Worker<T> w(scratch, s.k);
   Group<T> g;
   Lanes<T>* q = (Lanes<T>*)scratch.queries;
   for (uint32_t at = begin; at < end; at += g.count) {
     g.count = end - at < kGroup ? end - at : kGroup;
     for (int i = 0; i < g.count; ++i) g.id[i] = queries.ids[at + i];
-    start(w, g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];

@@ -44,7 +44,6 @@ struct Search {
   Mask mask;
   bool self_allowed;     // for Mask::limit: limit = id, else id - 1
   int k;                 // columns of the output
-  const T* bound;        // [ids] or null: no k-th distance is above it (warm start)
   int64_t* out_ids;      // [ids][k]
   T* out_dists;          // [ids][k]
 };
