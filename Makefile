@@ -41,6 +41,7 @@ check: lint test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton" $(INTERPRETED)
+	$(MAKE) wheel TORCH=2.10.0
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
@@ -77,7 +78,8 @@ fuzz: env
 	cd build/fuzz && UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1 ./fuzz $(SECONDS) $(SEED) ../../tests/native/seeds/*
 
 # The sdist has all of csrc; a wheel builds from it; installed without any compiler into a fresh environment, that
-# passes the op tests.
+# passes the op tests. make wheel TORCH=2.10.0: the same with another torch than the one it was built with.
+TORCH := 2.13.0
 wheel: env
 	rm -rf dist build/wheel
 	mkdir -p build/wheel/source
@@ -87,7 +89,7 @@ wheel: env
 	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist build/wheel/source
 	ls -l dist
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 pytest dist/*.whl
+	build/wheel/bin/python -m pip install -q --disable-pip-version-check torch==$(TORCH) pytest dist/*.whl
 	cp -r tests build/wheel/tests
 	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -c /dev/null --rootdir . \
 	  -p no:cacheprovider -q -m "not slow" -k "(native or streaming) and not compile and not export" \

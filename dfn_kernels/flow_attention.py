@@ -189,7 +189,8 @@ def flow_attention(
         normalize: divide by the sum of the weights.
         extra_positions, extra_values, extra_influence: E more entities (a memory), ``[(B,) (H,) E, ..]``. They do not
             drift, are visible to every query, also when causal, and have the indices N..N+E-1.
-        warm: the neighbours of an earlier call; they may bound the search (see `KNNIndex.query`), never change the result.
+        warm: the neighbours of an earlier call: they may bound the search (`KNNIndex.query` says where), and never
+            change the result.
 
     Returns:
         ``(context, Drift(positions, flow, energy), Neighbors(indices, sq_dists))``: context ``[(B,) (H,) N, c]`` in
