@@ -11,11 +11,9 @@ import torch
 def time_rounds(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of single runs, round after round: in a round all run once, so a machine's moods meet all alike.
 
-    Who has taken about `seconds` stops; the n-th times of two contenders are of the same round. After warm-up, and on a
-    GPU with an L2 cache that was just overwritten.
+    Who has taken about `seconds` stops; the n-th times of two contenders are of the same round. On a GPU with an L2
+    cache that was just overwritten. The caller has warmed up whatever compiles at its first run.
     """
-    for run in runs.values():
-        run()  # compiles what compiles
     once = _timer(device)
     fewest = 3 if device == "cpu" else 10
     times: dict[str, list[float]] = {who: [] for who in runs}
@@ -32,7 +30,8 @@ def time_rounds(runs: dict[str, Callable[[], object]], device: str, seconds: flo
 
 
 def time_ms(run: Callable[[], object], device: str, seconds: float) -> list[float]:
-    """The same for one alone."""
+    """The same for one alone, after a run to warm up."""
+    run()
     return time_rounds({"": run}, device, seconds)[""]
 
 
