@@ -50,11 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in (quick_cases() if given.quick else known) if given.only in case.name]
     if not cases:
         parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
+    limits = ceilings(given.device)
     rows = report.measure_all(
-        cases, device=given.device, dtype=getattr(torch, given.dtype), seconds=given.seconds, skip=tuple(given.skip)
+        cases,
+        after_each=lambda rows: report.write(rows, given.out, limits),
+        device=given.device,
+        dtype=getattr(torch, given.dtype),
+        seconds=given.seconds,
+        skip=tuple(given.skip),
     )
     print(report.plain(rows))
-    path = report.write(rows, given.out, ceilings(given.device))
+    path = report.write(rows, given.out, limits)
     print(f"written to {path}, {plots.draw(path)}")
     return 0
 

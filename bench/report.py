@@ -4,7 +4,7 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ from .measure import OURS, Row, run_case
 COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
 
 
-def measure_all(cases: Iterable[Case], **options) -> list[Row]:
+def measure_all(cases: Iterable[Case], after_each: Callable[[list[Row]], object] = len, **options) -> list[Row]:
+    """All rows; `after_each` case it is given those so far, so that what was measured is not lost."""
     rows: list[Row] = []
     with tqdm(list(cases), desc="bench", unit="case") as bar:
         for case in bar:
             bar.set_postfix_str(case.name)
             rows += run_case(case, **options)
+            after_each(rows)
     return rows
 
 
