@@ -50,17 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in (quick_cases() if given.quick else known) if given.only in case.name]
     if not cases:
         parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
-    limits = ceilings(given.device)
+    facts, limits = report.machine(), ceilings(given.device)  # later the results themselves make the tree dirty
     rows = report.measure_all(
         cases,
-        after_each=lambda rows: report.write(rows, given.out, limits),
+        after_each=lambda rows: report.write(rows, given.out, facts, limits),
         device=given.device,
         dtype=getattr(torch, given.dtype),
         seconds=given.seconds,
         skip=tuple(given.skip),
     )
     print(report.plain(rows))
-    path = report.write(rows, given.out, limits)
+    path = report.write(rows, given.out, facts, limits)
     print(f"written to {path}, {plots.draw(path)}")
     return 0
 

@@ -367,7 +367,7 @@ def train_steps(build: Callable, N: int, device: str, autocast: bool) -> dict:
 
 def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
     """The benchmark's cases in float32 and bfloat16, written after every case."""
-    limits = ceilings(device, small)
+    facts, limits = report.machine(), ceilings(device, small)
     print(limits, flush=True)
     rows, wrong = [], []
     skip = ("scipy cKDTree", "pynanoflann", "faiss, flat", *(["compiled"] if small else []))
@@ -383,7 +383,7 @@ def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
             wrong += [f"{r.case} {r.who} {r.mode} {r.dtype}: {r.note}" for r in ours if r.ms is None]
             rows += new
             print(report.plain(new), flush=True)
-            path = report.write(rows, Path(out), limits)
+            path = report.write(rows, Path(out), facts, limits)
             keep({"ceilings": limits, "rows": len(rows), "wrong": wrong, "file": path.name})
     if wrong:
         raise AssertionError(f"{len(wrong)} without a time: {'; '.join(wrong)}")

@@ -90,9 +90,8 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def write(rows: list[Row], folder: Path, ceilings: dict[str, float]) -> Path:
-    """results as <date>-<machine>.json and .md in `folder`; returns the JSON's path."""
-    facts = machine()
+def write(rows: list[Row], folder: Path, facts: dict[str, str], ceilings: dict[str, float]) -> Path:
+    """results as <date>-<machine>.json and .md in `folder`; returns the JSON's path. `facts`: those of `machine`."""
     kind = "".join(ch if ch.isalnum() else "-" for ch in facts.get("gpu", facts["cpu"])).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date']}-{kind}-{facts['threads']}threads.json"

@@ -56,7 +56,7 @@ def grow(
                     run = partial(op, **inputs)
                     if mode == "training":
                         run = training_step(case, op, inputs, torch.randn_like(result))
-                    (ms,) = time_ms(run, device, 0)[:1]
+                    ms = time_ms(run, device, 0)[0]
                 except (RuntimeError, MemoryError, ImportError):
                     stopped.add((who, mode))
                     continue

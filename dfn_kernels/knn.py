@@ -92,8 +92,8 @@ def _op(
     index: int,  # 0, or the number of these points' grid in the backend
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
-    points, queries, lengths, query_lengths, warm = (
-        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, warm)
+    points, queries, lengths, query_lengths = (
+        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths)
     )
     if points.device.type == "cpu":
         if check:
@@ -104,7 +104,7 @@ def _op(
     elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
-        indices, sq_dists = triton_knn(*arguments, warm, index)
+        indices, sq_dists = triton_knn(*arguments, None if warm is None else warm.contiguous(), index)
     else:
         indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index)
     return sq_dists, indices
