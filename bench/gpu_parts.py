@@ -28,6 +28,7 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
+from .gpu_profile import profiled_cases
 from .measure import run_case
 from .timing import ceilings
 
@@ -457,7 +458,8 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark, "profiled": profiled,
+    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
+    "profile": profiled_cases, "profiled": profiled,
     "counters": counters,
 }  # fmt: skip
 
