@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import CASES, Case
+from .timing import captured, time_ms
 
 
 def busy(run: Callable[[], object], device: str) -> dict:
@@ -38,27 +40,10 @@ def host_us(run: Callable[[], object], device: str, calls: int = 30) -> float:
     return taken / calls * 1e6
 
 
-def graphed_ms(run: Callable[[], object], replays: int = 5) -> float | None:
+def graphed_ms(run: Callable[[], object]) -> float:
     """Median time of a replay from a CUDA graph: what the host cannot hold up."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    flush, times = torch.empty(2**28, dtype=torch.uint8, device="cuda"), []
-    for _ in range(replays):
-        flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[replays // 2]
+    graph, _ = captured(run)
+    return statistics.median(time_ms(graph.replay, "cuda", 0.05))
 
 
 def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] | None = None) -> str:
