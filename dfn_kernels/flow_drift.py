@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_number, same_device
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, per_head
 from .reference.flow_drift import flow_drift as reference
 
 _backends.register("flow_drift")
@@ -117,7 +117,7 @@ def _launcher(backend: str):
         from .triton import flow_drift
 
         return flow_drift
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def flow_drift(
     if isinstance(alpha, Tensor):
         alpha = alpha.to(real).expand(H)
     else:
-        alpha = torch.full((H,), alpha, dtype=real, device=states.device)
+        alpha = per_head(alpha, H, states, real)
     if real == torch.float64:
         states = states.double()
 

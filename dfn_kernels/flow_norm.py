@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call
 from .reference.flow_norm import flow_norm as reference
@@ -74,7 +74,7 @@ def _launcher(backend: str):
         from .triton import flow_norm
 
         return flow_norm
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def _dense_rows(x: Tensor) -> Tensor:

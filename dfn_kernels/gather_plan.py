@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, same_device
 
 OP = "gather_plan"
@@ -65,7 +65,7 @@ def _launcher(backend: str):
         from .triton import gather_plan
 
         return gather_plan
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def shared_heads(x: Tensor) -> bool:

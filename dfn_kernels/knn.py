@@ -1,12 +1,13 @@
 """Exact k nearest neighbours. Read from top to bottom: check, schema, fake, backends, autograd, public."""
 
+import math
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
 from ._transforms import OpFunction, call
 from .reference.knn import knn as reference
@@ -64,7 +65,8 @@ def _check_values(points, queries, lengths, query_lengths) -> None:
         length_name = "lengths" if name == "positions" else "query_lengths"
         if count is not None and ((count < 0) | (count > n)).any():
             raise ValueError(f"{OP}: {length_name} must be between 0 and {n}, got {count.tolist()}")
-        if x.sum().isfinite():  # one pass without memory; finite values may overflow it, so this is not the verdict
+        # One pass without memory. Finite values may overflow the sum, so this is not the verdict.
+        if math.isfinite(x.sum().item()):
             continue
         bad = ~x.isfinite().all(-1)
         if count is not None:
@@ -106,7 +108,7 @@ def _op(
 
         indices, sq_dists = triton_knn(*arguments, None if warm is None else warm.contiguous(), index)
     else:
-        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index)
+        indices, sq_dists = _native.cpu.knn(*arguments, index)
     return sq_dists, indices
 
 
@@ -251,8 +253,8 @@ class KNNIndex:
         counts = None if lengths is None else lengths.reshape(B).contiguous()
         device = positions.device.type
         if device == "cpu" and _backends.missing(OP, "native", "cpu") is None:
-            self._grids["native"] = torch.ops.dfn_cpu.knn_index(points, counts)
-            weakref.finalize(self, torch.ops.dfn_cpu.knn_forget, self._grids["native"])
+            self._grids["native"] = _native.cpu.knn_index(points, counts)
+            weakref.finalize(self, _native.cpu.knn_forget, self._grids["native"])
         if _backends.missing(OP, "triton", device) is None:
             from .triton.knn import forget, index
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import FLOATS, are_flags, has_shape, is_float_tensor, is_integer, is_number, same_device
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route as reference
@@ -120,7 +120,7 @@ def _launcher(backend: str, x: Tensor):
 
         return pattern_route
     if x.device.type == "cpu":
-        return torch.ops.dfn_cpu
+        return _native.cpu
     from . import route_cuda
 
     return route_cuda

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route_density as reference
 
@@ -35,7 +35,7 @@ def _sample(patterns: Tensor) -> Tensor:
 
 @torch.library.custom_op("dfn::magnitude_above", mutates_args=())
 def _magnitude_above(mixed: Tensor, keep: int) -> Tensor:  # [T, S] -> [T]: what `keep` entries of a row exceed
-    return torch.ops.dfn_cpu.magnitude_above(mixed.contiguous(), keep)
+    return _native.cpu.magnitude_above(mixed.contiguous(), keep)
 
 
 @_magnitude_above.register_fake
@@ -70,7 +70,7 @@ def _op(
     bias: Tensor | None,  # [O]
 ) -> tuple[Tensor, Tensor]:  # [T, O]; the number of entries each token keeps, [T] int64
     dense = (tensor.contiguous() for tensor in (x, weights, patterns, threshold))
-    return torch.ops.dfn_cpu.pattern_route_density(*dense, None if bias is None else bias.contiguous())
+    return _native.cpu.pattern_route_density(*dense, None if bias is None else bias.contiguous())
 
 
 @torch.library.custom_op("dfn::pattern_route_density_backward", mutates_args=())
@@ -78,7 +78,7 @@ def _backward_op(
     grad: Tensor, x: Tensor, weights: Tensor, patterns: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # for x, weights, patterns
     dense = (tensor.contiguous() for tensor in (grad, x, weights, patterns, threshold))
-    return torch.ops.dfn_cpu.pattern_route_density_backward(*dense)
+    return _native.cpu.pattern_route_density_backward(*dense)
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
