@@ -59,7 +59,12 @@ class OpFunction(torch.autograd.Function):
     def __init_subclass__(cls):
         op = cls.op
         name = op._qualname
-        launch = cls.launch = staticmethod(op._init_fn)  # the function that `op` was made of
+        kernel = op._init_fn  # the function that `op` was made of
+
+        # Where no views are tracked: what comes back is nobody's view, whatever it was cut from, and may be written to.
+        def launch(*args):
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return kernel(*args)
 
         def jvp(ctx, *tangents):
             raise RuntimeError(
@@ -76,6 +81,7 @@ class OpFunction(torch.autograd.Function):
             return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
         cls.forward = staticmethod(lambda *args: launch(*args) if _is_plain(args) else op(*args))
+        cls.launch = staticmethod(launch)
         cls.jvp = staticmethod(jvp)
         cls.vmap = staticmethod(vmap)
         if "backward" not in cls.__dict__:

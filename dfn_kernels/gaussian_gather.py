@@ -59,7 +59,7 @@ def _as_bhn(x: Tensor | None, lead: int, after: int) -> Tensor | None:
     if x is None:
         return None
     if lead == 0:
-        return x[None, None]
+        return x.view(1, 1, *x.shape)
     return x.unsqueeze(1) if x.ndim == 1 + after else x
 
 
@@ -179,12 +179,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad
-    asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
-    wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
+    asked = (*needs[:3], *needs[4:6])
+    wanted = sum(bit for bit, needed in zip(WANTED.values(), asked, strict=True) if needed)
     saved = ctx.saved_tensors  # once: checkpointing lets a tensor be unpacked a single time
     options = ctx.normalize, wanted, ctx.backend
     grads = call(_backward_op, _BackwardFunction, grad, *saved[:6], *options, *saved[6:])
-    grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
+    grads = [x if needed else None for x, needed in zip(grads, asked, strict=True)]
     return *grads[:3], None, *grads[3:], *(None,) * 7
 
 
