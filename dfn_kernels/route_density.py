@@ -43,6 +43,10 @@ def _(mixed, keep):
     return mixed.new_empty(mixed.shape[0])
 
 
+class _MagnitudeFunction(OpFunction):
+    op = _magnitude_above
+
+
 def density_threshold(weights: Tensor, patterns: Tensor, density: float, backend: str = "reference") -> Tensor:
     """[T, P], [P, O, I] -> [T]: the magnitude that a share `density` of each token's mixed entries exceeds.
 
@@ -56,7 +60,7 @@ def density_threshold(weights: Tensor, patterns: Tensor, density: float, backend
     rows = max(1, 2**22 // S)
     parts = (part @ entries for part in weights.split(rows))
     if backend == "native":
-        return torch.cat([_magnitude_above(mixed, keep) for mixed in parts])
+        return torch.cat([call(_magnitude_above, _MagnitudeFunction, mixed, keep) for mixed in parts])
     return torch.cat([mixed.abs().kthvalue(S - keep, dim=1).values for mixed in parts])
 
 
