@@ -80,7 +80,6 @@ def all_parts(out: Path) -> list[Part]:
     return parts + [
         Part("train", own("train"), 80, alone=True),
         Part("benchmark", own("benchmark", str(out)), 110, alone=True),
-        Part("host cost", (sys.executable, "-m", "bench.host_cost"), 30, alone=True),
         Part("counters", own("counters", str(counters)), 60, alone=True, missing=absent),
     ]
 

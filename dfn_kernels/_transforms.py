@@ -24,11 +24,18 @@ _constants: dict[tuple, Tensor] = {}
 MOST_CONSTANTS = 256  # of 512 bytes each on a GPU; none is ever dropped, because a CUDA graph may read it
 
 
+def _is_settled(like: Tensor) -> bool:
+    """Whether every stream may read from now on what was just filled on the device of `like`; waits for that."""
+    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(like.device).synchronize()
+        return True
+    return like.device.type == "cpu"
+
+
 def per_head(value: float, H: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[H], all `value`, on the device of `like`: a step length or a width that is a number, not to be written to.
 
-    Kept for the next call, which saves a launch. The kernel that fills it has ended before anybody sees it, so every
-    stream may read it; one that is made while a CUDA graph is captured belongs to that graph.
+    Kept for the next call, which saves a launch; one that is made while a CUDA graph is captured belongs to that graph.
     """
     if not _is_plain((like,)):
         return torch.full((H,), value, dtype=dtype, device=like.device)
@@ -37,10 +44,7 @@ def per_head(value: float, H: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     if known is None:
         with torch.inference_mode(False):
             known = torch.full((H,), value, dtype=dtype, device=like.device)
-        on_gpu = like.is_cuda
-        if len(_constants) < MOST_CONSTANTS and not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            if on_gpu:
-                torch.cuda.current_stream(like.device).synchronize()
+        if len(_constants) < MOST_CONSTANTS and _is_settled(like):
             _constants[key] = known
     return known
 
