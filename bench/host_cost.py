@@ -1,7 +1,7 @@
 """python -m bench.host_cost: what a call costs the host, on inputs so small that kernels take next to nothing.
 
 Microseconds a call, and the ratio to F.linear on the same [64, 32] states; in a round all run once, a batch of calls
-each, and a ratio is of one round: its median. Forward is without gradients, as in inference. `a bare Function` is what
+each, and a ratio is of one round; medians. Forward is without gradients, as in inference. `a bare Function` is what
 torch.autograd.Function takes with nothing in it: the floor under every op that has a backward pass of its own.
 """
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dfn_kernels as dk
+
+from . import report
 
 N, d, D, k, P = 64, 32, 3, 8, 4
 GOALS = {"flow_drift": (8, 3), "flow_norm": (8, 3), "knn": (8, 3), "gaussian_gather": (10, 3), "pattern_route": (8, 3)}
@@ -77,9 +79,7 @@ def table(rounds: int = 300, calls: int = 5, device: str = "cpu") -> list[str]:
     forward = {who: lambda f=f, x=x: f(*x) for who, (f, x) in named.items()}
     both = {who: training(f, x) for who, (f, x) in named.items()}
     measured = [in_turns(runs, rounds, calls, device) for runs in (forward, both)]
-    lines = [
-        f"{'microseconds a call (times F.linear; goal)':44}{'forward':26}forward and backward",
-    ]
+    lines = [f"{'microseconds a call (times F.linear; goal)':44}{'forward':26}forward and backward"]
     for who in named:
         cells = []
         for times, goal in zip(measured, GOALS.get(who, (None, None)), strict=True):
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    facts = report.machine()
     print("\n".join(table(given.rounds, given.calls, given.device)))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 if __name__ == "__main__":
