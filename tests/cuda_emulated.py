@@ -1,9 +1,11 @@
 """Runs csrc/cuda's routing kernels on the CPU: compiled by g++ against tests/cuda_emulator, called through ctypes."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import sys
+import tempfile
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
@@ -143,6 +145,17 @@ class PatternRoute(Emulator):
         self.lib.pattern_route_run(g, plan)
         self.check()
         return y, parts.sum(0)
+
+
+@functools.cache  # operators can be registered once in a process
+def operators() -> PatternRoute:
+    """The kernels, with torch.ops.dfn_cuda on them for tensors of the CPU."""
+    sources = sorted((CSRC / "cuda").glob("pattern_route*.cu"))
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_library(Path(folder), "pattern_route", sources, operators=True)
+        if torch.version.cuda is None:  # else the real one is loaded
+            torch.ops.load_library(str(library))
+        return PatternRoute(library)
 
 
 # ---- one kernel against float64 -------------------------------------------------------------------------------------

@@ -19,19 +19,15 @@ from bench import route_rule
 from dfn_kernels import _backends, pattern_route, route_cuda
 
 KERNEL = CSRC / "cuda" / "pattern_route_sm80_kernel.h"
-SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple", "sm90")]
+SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm80", "simple", "sm90", "products")]
 pytestmark = pytest.mark.skipif(
     INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
 )
 
 
 @pytest.fixture(scope="module")
-def route(tmp_path_factory):
-    sources = [*SOURCES, CSRC / "cuda" / "pattern_route.cu"]
-    library = compile_library(tmp_path_factory.mktemp("emulated"), "pattern_route", sources, operators=True)
-    if torch.version.cuda is None:  # else the real one is loaded
-        torch.ops.load_library(str(library))
-    return PatternRoute(library)
+def route():
+    return cuda_emulated.operators()
 
 
 # ---- the kernels against float64 ------------------------------------------------------------------------------------
@@ -130,12 +126,12 @@ class OnTheCPU:
 def op(request, route, monkeypatch):
     if _backends.missing("pattern_route", "native", "cpu"):
         pytest.skip("goes through the native backend's ops")
-    if torch.version.cuda is not None and request.param == "kernels":
+    if torch.version.cuda is not None:
         pytest.skip("torch.ops.dfn_cuda is the real one")
     route.reset()
     route.gap, route.align, route.splits = 0, None, None
     monkeypatch.setattr(importlib.import_module("dfn_kernels.pattern_route"), "_launcher", lambda backend, x: OnTheCPU)
-    monkeypatch.setattr(route_cuda, "_left_to_products", lambda left, N: request.param == "products")
+    monkeypatch.setattr(route_cuda, "_left_to_products", lambda *_: request.param == "products")
     monkeypatch.setattr(route_cuda, "SCRATCH_BYTES", 1 << 13)  # several pieces
     monkeypatch.setattr(route_cuda, "grouping_pays", lambda *sizes: True)
     yield pattern_route
