@@ -1,5 +1,5 @@
 // dfn_cuda::route_tokens, scale_rows, combine_products: from torch's tensors to the kernels of pattern_route. What they
-// compute: pattern_route.h. What is left to PyTorch's own products: dfn_kernels/route_cuda.py.
+// compute: pattern_route.h. What is left to PyTorch's own products: dfn_kernels/cuda/pattern_route.py.
 #include "cuda/pattern_route.h"
 
 #include <optional>
