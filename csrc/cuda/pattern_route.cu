@@ -37,7 +37,7 @@ T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-// y [T, N] and, where x is given (the backward pass), the gradient of the weights.
+// y [T, N] and, where x is given (the backward pass), what each column of tiles adds to the gradient of the weights.
 std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weights, const Tensor& patterns,
                                         const std::optional<Tensor>& bias, const std::optional<Tensor>& x,
                                         const std::optional<Tensor>& order, const std::optional<Tensor>& tile_patterns,
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
 
   Tensor y = new_empty(g.wide ? weights : left, {g.T, g.N});
   g.y = y.data_ptr();
-  if (g.T * g.N == 0) return {y, new_zeros(weights, {g.backward ? g.T : 0, g.P})};
+  if (g.T * g.N == 0) return {y, new_zeros(weights, {g.backward ? 1 : 0, g.T, g.P})};
   const Kernel kernel = kernel_for(g);
   const Plan plan = kernel.plan(g);
   // Every place is written, but for patterns that a tile's list leaves out, or if there is nothing to sum.
@@ -98,9 +98,7 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
   Tensor workspace = new_empty(weights, {plan.splits > 1 ? plan.splits : 0, g.T, g.N});
   g.workspace = static_cast<float*>(workspace.data_ptr());
   kernel.run(g, plan);
-  if (!g.backward) return {y, parts};
-  const int64_t over[] = {0};
-  return {y, torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(over, 1))};
+  return {y, parts};
 }
 
 Tensor scale_rows_of(const Tensor& rows, const Tensor& weights) {  // [T, E], [T, P] -> [T, P, E]

@@ -96,6 +96,11 @@ def grouped(chosen: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, patterns.int(), used.sum(1, dtype=torch.int32)
 
 
+def _joined(parts: Tensor | None) -> Tensor | None:
+    """The gradient of the weights, from what each column of tiles adds to it, [columns, T, P]."""
+    return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
 # ---- PyTorch's products ---------------------------------------------------------------------------------------------
 def _product(left: Tensor, right: Tensor, real: torch.dtype) -> Tensor:
     """left @ right in `real`, batched, without rounding to the operands' dtype in between."""
@@ -106,7 +111,7 @@ def _product(left: Tensor, right: Tensor, real: torch.dtype) -> Tensor:
     return left.to(real) @ right.to(real)
 
 
-def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor]:
+def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor | None]:
     """As `_kernel`: rows in pieces, so that a piece's sums [P, rows, N] stay within SCRATCH_BYTES."""
     backward = x is not None
     right = patterns if backward else patterns.transpose(1, 2)
@@ -117,11 +122,9 @@ def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor]:
     for start in range(0, T, step):
         rows = slice(start, start + step)
         sums = _product(left[rows].expand(P, -1, K), right, weights.dtype)
-        mine = (None, None) if x is None else (x[rows], parts[:, rows])
-        torch.ops.dfn_cuda.combine_products(sums, weights[rows], bias, mine[0], y[rows], mine[1])
-    if not backward:
-        return y, weights.new_empty(0, P)
-    return y, parts[0] if len(parts) == 1 else parts.sum(0)
+        ends = (x[rows], y[rows], parts[:, rows]) if backward else (None, y[rows], None)
+        torch.ops.dfn_cuda.combine_products(sums, weights[rows], bias, *ends)
+    return y, _joined(parts)
 
 
 def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
@@ -131,8 +134,6 @@ def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """
     (T, O), I, P = grad.shape, x.shape[1], weights.shape[1]
     out = x.new_empty(P, O, I)
-    if T == 0:
-        return out.zero_()
     group = max(1, SCRATCH_BYTES // max(1, T * min(O, I) * x.element_size()))
     for p in range(0, P, group):
         mine, some = out[p : p + group], weights[:, p : p + group]
@@ -145,12 +146,14 @@ def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def _kernel(left, weights, patterns, bias, x, groups, wide) -> tuple[Tensor, Tensor]:
+def _kernel(left, weights, patterns, bias, x, groups, wide) -> tuple[Tensor, Tensor | None]:
     """y and, where x is given (the backward pass), the gradient of the weights."""
-    return torch.ops.dfn_cuda.route_tokens(left, weights, patterns, bias, x, *(groups or (None, None, None)), wide)
+    groups = groups or (None, None, None)
+    y, parts = torch.ops.dfn_cuda.route_tokens(left, weights, patterns, bias, x, *groups, wide)
+    return y, _joined(parts if x is not None else None)
 
 
-def _tokens(left, weights, patterns, bias, x, chosen, wide) -> tuple[Tensor, Tensor]:
+def _tokens(left, weights, patterns, bias, x, chosen, wide) -> tuple[Tensor, Tensor | None]:
     (T, K), P, N = left.shape, patterns.shape[0], patterns.shape[2 if x is not None else 1]
     if _left_to_products(left, P, N, x is not None):
         return _products(left, weights, patterns, bias, x, wide)

@@ -184,20 +184,6 @@ def test_operator_checks_what_it_is_given(route):
 
 
 # ---- the rule, the groups -------------------------------------------------------------------------------------------
-def test_rule():
-    """What the contract's sizes get: hidden layers in half precision the kernels, deep or float32 ones the products."""
-    half, ampere, hopper = torch.bfloat16, (8, 0), (9, 0)
-    for capability in (ampere, hopper):
-        for T, K, N in ((8192, 512, 512), (65536, 768, 768), (1024, 512, 10_000), (1, 20_000, 512)):
-            assert not launcher.by_products(T, K, N, half, capability)
-    assert launcher.by_products(1024, 10_000, 512, half, hopper)
-    assert not launcher.by_products(1024, 10_000, 512, half, ampere)
-    assert launcher.by_products(1024, 512, 512, torch.float32, hopper)
-    assert not launcher.by_products(7, 512, 512, torch.float32, hopper)
-    assert launcher.grouping_pays(65536, 16, 768, 768, 2, half)
-    assert not launcher.grouping_pays(1024, 8, 512, 512, 2, half)
-
-
 def test_rule_benchmark(route, monkeypatch):
     """bench.route_rule on tensors of the CPU: it times what is right, and nothing else."""
     monkeypatch.setattr(launcher, "_kernel", route.tokens)
