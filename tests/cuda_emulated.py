@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def compile_library(folder: Path, driver: str, sources: list[Path], operators: b
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
+
+
+def run_alone(script: str, library: Path) -> subprocess.CompletedProcess:
+    """The script on a library in a process of its own: a broken kernel may do anything."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, script, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 class Emulator:

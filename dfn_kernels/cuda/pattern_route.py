@@ -130,7 +130,7 @@ def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor | 
 def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """dP[p] = (w_p * grad)^T x, as many patterns at once as the scaled rows have room for.
 
-    The sum runs over tokens, so w cannot wait for it: w * grad or w * x, whichever is narrower, is rounded to x's dtype.
+    The sum runs over tokens, so w cannot wait for it: w * grad or w * x, the narrower one, is rounded to x's dtype.
     """
     (T, O), I, P = grad.shape, x.shape[1], weights.shape[1]
     out = x.new_empty(P, O, I)

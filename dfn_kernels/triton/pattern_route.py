@@ -132,9 +132,7 @@ def patterns_kernel(
     rows, columns = o < O - o0, i < I - i0
     acc = tl.zeros((BM, BN), W.dtype.element_ty)
     if SPAN == 0:
-        acc = _add_tokens(
-            acc, W + p, G + o0, X + i0, rows, columns, 0, T, T, P, sG, sX, PRECISION, WIDEN, BM, BN, BK
-        )
+        acc = _add_tokens(acc, W + p, G + o0, X + i0, rows, columns, 0, T, T, P, sG, sX, PRECISION, WIDEN, BM, BN, BK)
     else:
         for begin in range(0, T, SPAN):
             acc += _add_tokens(

@@ -7,12 +7,11 @@ barriers and waits are where they must be. It does not show that a GPU does the 
 import importlib
 import shutil
 import subprocess
-import sys
 
 import cuda_emulated
 import pytest
 import torch
-from cuda_emulated import CSRC, PatternRoute, compare, compile_library
+from cuda_emulated import CSRC, compare, compile_library
 from helpers import DEVICE, INTERPRETED, check_against_reference, same_bits
 
 from bench import route_rule
@@ -181,6 +180,22 @@ def test_operator_checks_what_it_is_given(route):
     ):  # fmt: skip
         with pytest.raises(RuntimeError):
             run(*args)
+    scale, rows = torch.ops.dfn_cuda.scale_rows, torch.randn(5, 7)
+    for args in ((rows, w.double()), (rows, w[:3]), (rows.t().contiguous().t(), w), (rows.double(), w), (rows[0], w)):
+        with pytest.raises(RuntimeError):
+            scale(*args)
+    combine, sums, y, parts = torch.ops.dfn_cuda.combine_products, torch.randn(3, 5, 7), torch.empty(5, 7), torch.ones
+    for args in (
+        (sums, w, None, rows, y, None), (sums, w, None, None, y, parts(1, 5, 3)),
+        (sums, w.double(), None, None, y, None), (sums, w, rows[0].double(), None, y, None),
+        (sums, w, rows[0, :5], None, y, None),
+        (sums.double(), w, None, None, y, None), (sums, w, None, None, y[:4], None),
+        (sums, w, None, None, y.t().contiguous().t(), None), (sums, w, None, x, y, parts(1, 5, 3)),
+        (sums, w, None, rows, y, parts(2, 5, 3)), (sums, w, None, rows, y, parts(1, 5, 4)[..., :3]),
+        (sums, w, None, rows, y, parts(1, 5, 3).double()), (sums[0], w, None, None, y, None),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            combine(*args)
 
 
 # ---- the rule, the groups -------------------------------------------------------------------------------------------
@@ -240,8 +255,7 @@ def outcome(folder, kernel: str, launcher: str) -> subprocess.CompletedProcess:
     (folder / "cuda" / KERNEL.name).write_text(kernel)
     (folder / SOURCES[0].name).write_text(launcher)
     library = compile_library(folder, "pattern_route", [folder / SOURCES[0].name, SOURCES[1]])
-    command = [sys.executable, cuda_emulated.__file__, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return cuda_emulated.run_alone(cuda_emulated.__file__, library)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""pattern_route on CUDA beside PyTorch's products, without a GPU: scaled rows, sums of products, pieces, rule, launches.
+"""pattern_route on CUDA beside PyTorch's products, without a GPU: scaled rows, sums, pieces, launches, who takes what.
 
 The kernels run in tests/cuda_emulator; what that shows, and what not: test_cuda_emulated.py.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import cuda_emulated
 import pytest
 import torch
-from cuda_emulated import CSRC, DTYPE_CODES, Emulator, compile_library, pointer
+from cuda_emulated import CSRC, DTYPE_CODES, Emulator, compile_library, pointer, run_alone
 from helpers import DEVICE, DTYPES, INTERPRETED, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,7 +124,7 @@ def test_sums_of_products(kernels, sizes, dtype, backward):
 
 
 SWAPS = {
-    "weights of another token": ("static_cast<const A*>(g.weights) + t * g.P", "static_cast<const A*>(g.weights) + g.P"),
+    "weights of another token": ("(g.weights) + t * g.P;", "(g.weights) + g.P;"),
     "weights as if dense": ("t * g.weights_stride", "t * g.P"),
     "rows as if dense": ("t * g.rows_stride", "t * g.E"),
     "x as if dense": ("t * g.x_stride", "t * g.N"),
@@ -146,7 +146,7 @@ SWAPS = {
 def outcome(folder: Path, text: str) -> subprocess.CompletedProcess:
     (folder / SOURCE.name).write_text(text)
     library = compile_library(folder, "pattern_route_products", [folder / SOURCE.name])
-    return subprocess.run([sys.executable, __file__, str(library)], capture_output=True, text=True, timeout=300)
+    return run_alone(__file__, library)
 
 
 @emulated
@@ -284,7 +284,7 @@ def test_calls_around_the_launcher(operators, monkeypatch):
 
         def pattern_route_backward(self, grad, x, weights, patterns, *rest):
             inside.append("backward")
-            return x.new_empty(x.shape), weights.new_empty(weights.shape), patterns.new_empty(patterns.shape), grad.new_empty(11)
+            return (*(torch.empty(t.shape) for t in (x, weights, patterns)), torch.empty(11))
 
     monkeypatch.setattr(module, "_launcher", lambda backend, x: Watched())
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 5, 7), (2, 5, 3), (3, 11, 7), (11,))]
