@@ -38,16 +38,20 @@ class Problem(ctypes.Structure):
 def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
     """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
-    command = [
-        shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
-        "-shared", f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
-        *map(str, sources),
-    ]  # fmt: skip
+    compiler = [shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
+                f"-I{EMULATOR}", f"-I{CSRC}"]  # fmt: skip
+    link = []
     if operators:
-        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include"),
-                    f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        compiler += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
+        link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    objects, running = [], []
+    for source in (EMULATOR / f"{driver}.cpp", *sources):
+        objects.append(str(folder / f"{source.name}.o"))
+        command = [*compiler, "-c", "-x", "c++", str(source), "-o", objects[-1]]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    failed = [said for said, code in ((run.communicate()[1], run.returncode) for run in running) if code]
+    assert not failed, "".join(failed)
+    subprocess.run([compiler[0], "-shared", "-o", str(library), *objects, *link], check=True)
     return library
 
 

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) simple_kernel(const __grid_consta
         }
       }
       __syncthreads();
+      A part[kOwn][kOwn] = {};  // a long sum in two levels: its error grows with the root of its length
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
         A a[kOwn], b[kOwn];
@@ -62,8 +63,12 @@ __global__ void __launch_bounds__(kThreads, 1) simple_kernel(const __grid_consta
 #pragma unroll
         for (int r = 0; r < kOwn; ++r)
 #pragma unroll
-          for (int c = 0; c < kOwn; ++c) acc[r][c] += a[r] * b[c];
+          for (int c = 0; c < kOwn; ++c) part[r][c] += a[r] * b[c];
       }
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) acc[r][c] += part[r][c];
       __syncthreads();
     }
 #pragma unroll

@@ -82,6 +82,16 @@ def test_nothing_to_add(route):
         assert y.eq(0).all() and dw.eq(0).all()
 
 
+def test_float32_sums_have_two_levels(route):
+    """Behind 2^28, single ones are lost in float32, a sum of 16 joined by three others of its kind is not."""
+    route.reset()
+    route.gap, route.align, route.splits = 0, None, None
+    left, patterns = torch.ones(2, 256), torch.ones(1, 3, 256)
+    left[:, 0] = patterns[..., 0] = 2.0**14
+    left[:, 1:] *= 2
+    assert (route.tokens(left, torch.ones(2, 1), patterns)[0] >= 2**28 + 2 * (256 - 16)).all()
+
+
 def test_same_bits_in_any_order(route):
     torch.manual_seed(5)
     left, patterns = torch.randn(131, 71).bfloat16(), torch.randn(5, 71, 37).bfloat16()

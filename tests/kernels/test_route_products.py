@@ -56,10 +56,10 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
-def check_scaling(kernels: Emulator, T, P, E, *, dtype, gap=0, align=16, order=0) -> None:
-    """Each product is rounded once: the same bits as PyTorch's."""
+def check_scaling(kernels: Emulator, T, P, E, *, dtype, gap=0, skip=0, order=0) -> None:
+    """Each product is rounded once: the same bits as PyTorch's. Rows begin `skip` elements behind a 16-byte boundary."""
     kernels.reset(order)
-    rows = kernels.place(torch.randn(T, E).to(dtype), gap, align)
+    rows = kernels.place(torch.randn(T, skip + E).to(dtype), gap, 16)[:, skip:]
     weights = kernels.place(torch.randn(T, P, dtype=real_of(dtype)), gap=2)  # some columns of a wider tensor
     out = kernels.empty((T, P, E), dtype)
     code, step = DTYPE_CODES[dtype], weights.stride(0)
@@ -98,7 +98,8 @@ def check_combination(kernels: Emulator, T, P, N, *, dtype, backward, gap=0, ord
 
 
 SCALINGS = [dict(T=131, P=3, E=40), dict(T=37, P=5, E=1), dict(T=1, P=1, E=16, gap=3), dict(T=67, P=7, E=24, gap=8),
-            dict(T=67, P=2, E=24, gap=3), dict(T=67, P=2, E=32, align=8), dict(T=29, P=9, E=521)]  # fmt: skip
+            dict(T=67, P=2, E=24, gap=3), dict(T=67, P=2, E=32, skip=4, gap=4), dict(T=29, P=9, E=521),
+            dict(T=37, P=2, E=13, gap=3)]  # fmt: skip
 COMBINATIONS = [dict(T=67, P=3, N=131), dict(T=5, P=7, N=1031, gap=5), dict(T=1, P=1, N=1), dict(T=17, P=2, N=512),
                 dict(T=3, P=11, N=513, gap=1)]  # fmt: skip
 
