@@ -57,7 +57,7 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 def check_scaling(kernels: Emulator, T, P, E, *, dtype, gap=0, skip=0, order=0) -> None:
-    """Each product is rounded once: the same bits as PyTorch's. Rows begin `skip` elements behind a 16-byte boundary."""
+    """Each product is rounded once: PyTorch's bits. Rows begin `skip` elements behind a multiple of 16 bytes."""
     kernels.reset(order)
     rows = kernels.place(torch.randn(T, skip + E).to(dtype), gap, 16)[:, skip:]
     weights = kernels.place(torch.randn(T, P, dtype=real_of(dtype)), gap=2)  # some columns of a wider tensor
