@@ -86,6 +86,8 @@ class Seen:
     """What a block keeps of the entities so far: where they are, what they say, how much they moved; S = B H."""
 
     def __init__(self, attention: DynamicFlowAttention, search: Stream | Scan, values: Tensor, energy: Tensor):
+        if not attention.normalize:
+            raise ValueError("Decoder: the model's blocks must have normalize=True, got False")
         self.search, self.values, self.energy = search, values, energy  # [S, capacity, c]; float64 [B]
         sigma = attention.log_sigma.exp()
         self.width = 2 * sigma.to(torch.promote_types(sigma.dtype, torch.float32)).square()  # [H]
@@ -199,7 +201,8 @@ class Decoder:
         for block, seen in zip(self.model.blocks, self.seen, strict=True):
             a, s = block.attention, block.norm(states)
             real = positions.dtype
-            flow = linear(s.to(real), a.flow.weight.to(real), a.flow.bias.to(real)).view_as(positions)
+            bias = None if a.flow.bias is None else a.flow.bias.to(real)
+            flow = linear(s.to(real), a.flow.weight.to(real), bias).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
             value = a.value(s).view(-1, self.seen[0].values.shape[2])
             y = seen.read(positions.flatten(0, 1), (positions + a.offset).flatten(0, 1), value, self.count)

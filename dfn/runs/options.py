@@ -37,11 +37,13 @@ class Options:
     k: int = option(8, "neighbours that a head reads from", 1)
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
+    dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps over which it rises", 0)
     weight_decay: float = option(0.01, "of the matrices", 0)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
+    keep: str = option("last", "the weights of a finished run: the last, or the best held out", choices=("last", "best"))
     threads: int = option(0, "threads of the CPU (0: as many as PyTorch takes)", 0)
 
     @classmethod

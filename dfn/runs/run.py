@@ -22,6 +22,7 @@ from .options import Options, UsageError
 from .tasks import KINDS, Task
 
 Say = Callable[[str], object]
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Run:
         options = Options.of(**checkpoint.facts["options"])
         task = KINDS[options.kind](options)
         model = task.model()
-        model.load_state_dict(checkpoint.part("model"))
+        best = _best(Path(folder), options)
+        model.load_state_dict((best or checkpoint).part("model"))
         history = History.of(checkpoint.part("history"))
         return cls(options, task, model.to(default_device()).eval(), history, Path(folder))
 
@@ -66,12 +68,15 @@ class Run:
 def train(
     options: Options, folder: Path, *, resume: bool = False, given: dict | None = None, every: int = 100,
     evaluations: int = 8, progress: bool = True, say: Say = print,
+    make_task: Callable[[Options], Task] | None = None,
 ) -> Run:  # fmt: skip
     """Trains a task, with a checkpoint every ``every`` steps and at the end; with ``resume`` from the last good one.
 
     A resumed run ends with the same weights, to the bit, as one that never stopped, on the same machine: model,
     optimizer, random generators, the place in the data, memory and number of threads come from the checkpoint.
-    ``given`` are the options that the caller insists on: those of the checkpoint must agree.
+    ``given`` are the options that the caller insists on: those of the checkpoint must agree. ``make_task``: another task
+    than that of the kind. With ``keep="best"`` the weights of the evaluation with the least held-out loss are kept in
+    ``best.safetensors`` and are those of the finished run.
 
     Raises UsageError (the folder holds a run and ``resume`` is not asked for, or options or data disagree),
     CheckpointError (no checkpoint is good) and NonFiniteLoss, which names the last good checkpoint.
@@ -94,7 +99,7 @@ def train(
     torch.set_num_threads(options.threads)
 
     torch.manual_seed(options.seed)
-    task = KINDS[options.kind](options)
+    task = (make_task or KINDS[options.kind])(options)
     model = task.model().to(default_device())
     generator = torch.Generator().manual_seed(options.seed)
     say(task.summary())
@@ -114,6 +119,11 @@ def train(
 
     def keep(history: History) -> None:
         nonlocal last
+        values = [x for _, _, x in history.evaluated]
+        judged_now = options.keep == "best" and rank == 0 and values and history.evaluated[-1][0] == trainer.step
+        if judged_now and values[-1] == min(values):
+            weights = {f"model.{name}": x for name, x in model.state_dict().items()}
+            checkpoints.write(folder / BEST, weights, {"step": trainer.step})
         if trainer.step % every and trainer.step < options.steps:
             return
         row_state = _gathered(task.row_state())
@@ -135,7 +145,17 @@ def train(
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         error.args = (f"{error}; {kept}",)
         raise
+    best = _best(folder, options) if rank == 0 else None
+    if best is not None:
+        model.load_state_dict(best.part("model"))
+        say(f"the least held-out loss was that of step {best.facts['step']}: {best.path}")
     return Run(options, task, model, history, folder)
+
+
+def _best(folder: Path, options: Options) -> Checkpoint | None:
+    if options.keep != "best" or not (folder / BEST).exists():
+        return None
+    return checkpoints.load(folder / BEST)
 
 
 def default_device() -> torch.device:

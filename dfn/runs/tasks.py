@@ -98,7 +98,8 @@ class Text(Task):
 
     def model(self) -> DFNLanguageModel:
         o = self.options
-        config = dict(vocab_size=256, memory_size=o.memory_size, **o.block())
+        options = {"dropout": o.dropout} if o.dropout else {}
+        config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.block())
         return DFNLanguageModel(**(ablated(config, o.without) if o.without else config))
 
     def batch(self, generator, held_out=False):

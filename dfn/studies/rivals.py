@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..flownetwork import FlowNetwork
 from ..models.language import DFNLanguageModel
-from ..models.layers import count_parameters
+from ..models.layers import GatedMLP, count_parameters
 
 
 class Transformer(nn.Module):
@@ -78,18 +78,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-class GatedMLP(nn.Module):
-    """``W_o (silu(W_g x) * W_u x)`` without biases. Source: Shazeer, GLU variants improve Transformer (2020)."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.up, self.out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
-        return self.out(F.silu(gate) * up)
-
-
 class TransformerPlus(nn.Module):
     """Transformer++: RoPE, RMSNorm, SwiGLU, no biases; output maps of a block start smaller by the root of 2 layers.
 
@@ -103,7 +91,7 @@ class TransformerPlus(nn.Module):
         self.embed = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
             nn.ModuleList([nn.RMSNorm(dim, eps=1e-6), RotaryAttention(dim, heads, window),
-                           nn.RMSNorm(dim, eps=1e-6), GatedMLP(dim, hidden)])
+                           nn.RMSNorm(dim, eps=1e-6), GatedMLP(dim, hidden, dim)])
             for _ in range(layers)
         )  # fmt: skip
         self.norm, self.head = nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, vocab_size, bias=False)
