@@ -43,7 +43,7 @@ class Options:
     weight_decay: float = option(0.01, "of the matrices", 0)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
-    keep: str = option("last", "the weights of a finished run: the last, or the best held out", choices=("last", "best"))
+    keep: str = option("last", "the weights to end with: the last, or the best held out", choices=("last", "best"))
     threads: int = option(0, "threads of the CPU (0: as many as PyTorch takes)", 0)
 
     @classmethod

@@ -74,9 +74,9 @@ def train(
 
     A resumed run ends with the same weights, to the bit, as one that never stopped, on the same machine: model,
     optimizer, random generators, the place in the data, memory and number of threads come from the checkpoint.
-    ``given`` are the options that the caller insists on: those of the checkpoint must agree. ``make_task``: another task
-    than that of the kind. With ``keep="best"`` the weights of the evaluation with the least held-out loss are kept in
-    ``best.safetensors`` and are those of the finished run.
+    ``given`` are the options that the caller insists on: those of the checkpoint must agree. ``make_task`` makes
+    another task than that of the kind. With ``keep="best"`` the weights with the least held-out loss of all evaluations
+    are kept in ``best.safetensors`` and are those of the finished run.
 
     Raises UsageError (the folder holds a run and ``resume`` is not asked for, or options or data disagree),
     CheckpointError (no checkpoint is good) and NonFiniteLoss, which names the last good checkpoint.

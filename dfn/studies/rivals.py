@@ -68,9 +68,23 @@ class RotaryAttention(nn.Module):
         if self.window is None or self.window >= N:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            back = places[:, None] - places
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < self.window))
+            y = windowed_attention(q, k, v, self.window)
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention of each row to itself and the ``window - 1`` rows before it, ``[.., N, c]``.
+
+    In blocks of ``window`` rows, each of which sees itself and the block before: memory grows as N window.
+    """
+    N = q.shape[-2]
+    q, k, v = (F.pad(x, (0, 0, 0, -N % window)).unflatten(-2, (-1, window)) for x in (q, k, v))
+    k, v = (torch.cat([F.pad(x[..., :-1, :, :], (0, 0, 0, 0, 1, 0)), x], -2) for x in (k, v))  # [.., n, 2 window, c]
+    row = torch.arange(window, device=q.device)[:, None]
+    back = row + window - torch.arange(2 * window, device=q.device)
+    seen = ((back >= 0) & (back < window)).expand(q.shape[-3], -1, -1).clone()
+    seen[0, :, :window] = False  # nothing lies before the first block
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(-3, -2)[..., :N, :]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,64 +125,71 @@ class TransformerPlus(nn.Module):
 
 
 # ---- the same number of parameters ----------------------------------------------------------------------------------
-def fitted(build: Callable[[int], nn.Module], target: int, smallest: int = 1) -> tuple[nn.Module, int]:
-    """The model whose free size makes it come nearest to ``target`` parameters, and that size.
+def fitted(build: Callable[[int], nn.Module], target: int) -> nn.Module:
+    """``build(size)`` of the size, at least 1, that makes it come nearest to ``target`` parameters.
 
-    ``build(size)`` must grow with its size. Sizes are tried on the meta device. Raises ValueError where the nearest
-    is more than 2 % off.
+    Its parameters must be a linear function of the size. Raises ValueError where the nearest is more than 2 % off.
     """
-
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return count_parameters(build(size))
-
-    low, high = smallest, smallest
-    while count(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    size = min((low, high), key=lambda s: abs(count(s) - target))
-    if abs(count(size) - target) > 0.02 * target:
-        raise ValueError(f"fitted: no size comes within 2 % of {target:,} parameters; {size} has {count(size):,}")
-    return build(size), size
+    with torch.random.fork_rng(devices=[]):
+        one, two = (count_parameters(build(size)) for size in (1, 2))
+    size = max(1, 1 + round((target - one) / (two - one)))
+    model = build(size)
+    if abs(count_parameters(model) - target) > 0.02 * target:
+        raise ValueError(f"fitted: no size comes within 2 % of {target:,} parameters; {size} has "
+                         f"{count_parameters(model):,}")  # fmt: skip
+    return model
 
 
 def even(x: float, multiple: int) -> int:
     return max(multiple, multiple * round(x / multiple))
 
 
-def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, heads: int = 4) -> nn.Module:
+def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, heads: int = 4, dim: int | None = None,
+          layers: int | None = None) -> nn.Module:  # fmt: skip
     """A model of ``kind`` with ``parameters`` (within 2 %), of usual proportions, for sequences of ``length``.
 
-    "transformer++" and "window" (of length / 4): 4 layers to 1M parameters, 6 beyond, d from 12 layers d^2, and the
-    width of the MLP takes up the rest. "transformer": the same with 8 d^2 a layer. "flownetwork": the mixer variant, d
-    from 4 low-rank layers, its rank takes up the rest.
+    "transformer++" and "window" (of length / 4): 2 layers to 0.2M parameters, 4 to 4M, 6 beyond, d from 12 layers d^2
+    in whole eights per head, and the width of the MLP takes up the rest. "transformer": the same with 8 d^2 a layer.
+    "flownetwork": the mixer variant, whose rank takes up the rest. ``dim`` and ``layers`` may be given instead.
     """
-    layers = 4 if parameters <= 1_000_000 else 6
-    body = max(parameters - 2 * vocab_size * even((parameters / (12 * layers)) ** 0.5, 2 * heads), parameters / 3)
-    if kind in ("transformer++", "window"):
-        dim = even((body / (12 * layers)) ** 0.5, 2 * heads)
-        window = max(1, length // 4) if kind == "window" else None
-        return fitted(lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, window), parameters)[0]
-    if kind == "transformer":
-        dim = even((body / (8 * layers)) ** 0.5, heads)
-        return fitted(lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden), parameters)[0]
-    if kind == "flownetwork":
-        dim = even((body / (10 * layers)) ** 0.5, 2 * heads)
-        build = lambda rank: FlowNetwork(vocab_size, dim, layers, 4, max_seq_len=length, rank=rank, tie_output=True,
-                                         mixer="flow_attention")  # fmt: skip
-        return fitted(build, parameters)[0]
-    raise ValueError(f"rival: kind must be one of {', '.join(RIVALS)}, got {kind!r}")
+    if kind not in RIVALS:
+        raise ValueError(f"rival: kind must be one of {', '.join(RIVALS)}, got {kind!r}")
+    layers = layers or (2 if parameters < 200_000 else 4 if parameters < 4_000_000 else 6)
+    per_layer = {"transformer": 8, "flownetwork": 10}.get(kind, 12)
+    if dim is None:  # layers * per_layer * d^2 + tables * V * d = parameters
+        tables = vocab_size * (1 if kind == "flownetwork" else 2) + (length if kind == "transformer" else 0)
+        a = layers * per_layer
+        dim = even((math.sqrt(tables**2 + 4 * a * parameters) - tables) / (2 * a), 8 * heads)
+    build = {
+        "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden),
+        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4)),
+        "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden),
+        "flownetwork": lambda rank: FlowNetworkLogits(vocab_size, dim, layers, length, rank),
+    }[kind]
+    return fitted(build, parameters)
 
 
-RIVALS = ("transformer++", "transformer", "window", "flownetwork")
+RIVALS = ("transformer++", "window", "transformer", "flownetwork")
+KINDS = ("dfn", *RIVALS)
 
 
-def contender(kind: str, dfn: dict, length: int) -> nn.Module:
-    """ "dfn" with the arguments ``dfn``, or a rival with as many parameters as that has."""
+class FlowNetworkLogits(nn.Module):
+    """A `FlowNetwork` with mixers and low-rank patterns, called as the others are."""
+
+    def __init__(self, vocab_size: int, dim: int, layers: int, length: int, rank: int):
+        super().__init__()
+        self.network = FlowNetwork(vocab_size, dim, layers, 4, max_seq_len=length, rank=rank, tie_output=True,
+                                   mixer="flow_attention")  # fmt: skip
+
+    def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
+        return self.network(ids)[0], None
+
+
+def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False) -> nn.Module:
+    """ "dfn" with the arguments ``dfn``, or a rival with as many parameters; ``same_shape``: as many layers, same d."""
     if kind == "dfn":
         return DFNLanguageModel(**dfn)
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         parameters = count_parameters(DFNLanguageModel(**dfn))
-    return rival(kind, parameters, length, dfn.get("vocab_size", 256))
+    shape = {name: dfn[name] for name in ("dim", "layers")} if same_shape else {}
+    return rival(kind, parameters, length, dfn.get("vocab_size", 256), **shape)
