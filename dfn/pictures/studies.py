@@ -55,28 +55,28 @@ def band(ax, x: list[float], values: list[list[float]], name: str, **options) ->
 def language(found: dict, plt):
     """Bits per byte over bytes seen and over seconds, compressors as lines."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, sharey=True)
-    o, best = found["options"], {k: cells for k, (_, cells) in best_cells(found, most=False).items()}
-    ends = {kind: moments([c["value"] for c in cells])[0] for (kind,), cells in best.items()}
+    o, best = found["options"], {kind: cells for (kind,), (_, cells) in best_cells(found, most=False).items()}
+    ends = {kind: moments([c["value"] for c in cells])[0] for kind, cells in best.items()}
     for ax, of, label in zip(axes, ("bytes", "seconds"), ("megabytes seen", "seconds of training"), strict=True):
         style_axes(ax)
         ax.grid(color=GRID, lw=0.8)
-        for (kind,), cells in sorted(best.items(), key=lambda item: ends[item[0][0]]):
-            points = list(zip(*(c["curve"] for c in cells), strict=True))
+        for kind in sorted(best, key=ends.get):
+            points = list(zip(*(c["curve"] for c in best[kind]), strict=True))
             x = [moments([p[of] for p in point])[0] / (1e6 if of == "bytes" else 1) for point in points]
             band(ax, x, [[p["value"] for p in point] for point in points], kind)
-        for name in ("bzip2", "xz"):
-            level = found["beside"][name]
-            ax.axhline(level, color=SOFT, lw=0.9, ls=(0, (4, 4)))
-            ax.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
-                        color=SOFT)  # fmt: skip
         ax.set_xlabel(label, color=SOFT, fontsize=9)
     axes[0].set_ylabel("bits per byte, held out", color=SOFT, fontsize=9)
-    last = [p["value"] for cells in best.values() for c in cells for p in c["curve"]]
-    if last:
-        low, high = min(last), min(max(last), 2 * statistics.median(last))
-        axes[0].set_ylim(low - 0.06 * (high - low) - 0.02, high + 0.06 * (high - low) + 0.02)
+    values = [p["value"] for cells in best.values() for c in cells for p in c["curve"]]
+    if values:  # what is known after the first steps would flatten the rest
+        low, high = min(values), min(max(values), min(values) + 3 * (statistics.median(values) - min(values)) + 0.1)
+        axes[0].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        for name in (n for n in ("bzip2", "xz") if low < found["beside"][n] < high):
+            for ax in axes:
+                ax.axhline(found["beside"][name], color=SOFT, lw=0.9, ls=(0, (4, 4)))
+            axes[0].text(0.99, found["beside"][name], name, transform=axes[0].get_yaxis_transform(), ha="right",
+                         va="bottom", fontsize=8, color=SOFT)  # fmt: skip
     axes[1].legend(frameon=False, fontsize=9, labelcolor=INK)
-    seeds = max((len(cells) for cells in best.values()), default=0)
+    seeds = max(map(len, best.values()), default=0)
     title(
         fig, f"{o['parameters']} parameters each: mean and spread of {seeds} seed{'s' * (seeds != 1)} (less is better)"
     )
@@ -126,6 +126,11 @@ def length(found: dict, plt):
                 band(ax, x, [[factor * c[name][str(end)] for c in cells] for end in x], kind, marker="o", ms=4)
         ax.axvline(found["options"]["length"], color=SOFT, lw=0.9, ls=(0, (4, 4)))
         ax.set_xscale("log", base=2)
+        ticks = [int(end) for end in next(c for k, c in best.items() if k[0] == task)[0][name]]
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.minorticks_off()
+        if task == "needle":
+            ax.set_ylim(-3, 103)
         ax.set_xlabel(f"{below}; trained at {found['options']['length']:,}", color=SOFT, fontsize=9)
         ax.legend(frameon=False, fontsize=9, labelcolor=INK)
     title(fig, "Beyond the length trained on: mean and spread of the seeds")
@@ -157,7 +162,7 @@ def parts(found: dict, plt):
                 ax.axvline(mean, color=BLUE, lw=0.8, ls=(0, (4, 4)), alpha=0.6)
             ax.errorbar(mean, y, xerr=deviation, fmt="D", ms=5, color=color, capsize=4, lw=1.6, zorder=3)
             ax.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.4, mec="none", zorder=2)
-        ax.set_yticks(range(len(lines)), [line.replace("_", " ") for line in lines])
+        ax.set_yticks(range(len(lines)), [found["lines"][line] for line in lines])
         ax.set_ylim(-0.6, len(lines) - 0.4)
         if task != "text":
             ax.set_xlim(-3, 103)

@@ -65,6 +65,8 @@ class Study:
             self.cells[key] = {**result, "environment": self.here}
             self.write()
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another cell was stopped in it
+                folder.parent.rmdir()
             shown = result.get("failed") or f"{result['value']:.4f}"
             self.say(f"{key}: {shown}")
         return self.cells[key]

@@ -104,7 +104,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--parameters", choices=SIZES, default="0.3M", help="parameters of the DFN (default: 0.3M)")
     parser.add_argument("--longest", type=positive, default=2**16, help="length judged at (default: 65,536)")
-    parser.add_argument("--rows", type=positive, default=4, help="windows, and needles, of that length (default: 4)")
+    parser.add_argument("--rows", type=positive, default=8, help="windows, and needles, of that length (default: 8)")
     parser.add_argument("--span", type=positive, default=1, help="symbols of a needle (default: 1; 8 is a copy)")
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-3], help="learning rates to try (default: 6e-3)")
     parser.add_argument("--memory-size", type=positive, default=256, help="of the DFN with a memory (default: 256)")

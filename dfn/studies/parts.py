@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> dict:
     judged = split.held_out[: arguments.judged]
     study = Study("parts", arguments.out, asked(arguments, "data", "lines", "tasks"), split.facts(judged),
                   evaluations=4, progress=not arguments.quiet)  # fmt: skip
+    study.found["lines"] = {line: said for line, (said, _) in LINES.items()}
     names = ("dim", "layers", "heads", "pos_dim", "k", "memory_size")
     config = dict(vocab_size=256, **{name: getattr(arguments, name) for name in names})
 
