@@ -222,8 +222,8 @@ def forward_rows_tile(D: int, d: int) -> dict:
 
 def backward_tile(outputs: int, d: int, states: torch.dtype, real: torch.dtype) -> dict:
     BJ = _padded(outputs, 16)
-    BC = 16 if real == torch.float64 else 32 if BJ == 32 and states == real else min(_padded(d, 64), 128)
-    return {"PRECISION": PRECISION[real], "BN": 16, "BJ": BJ, "BC": BC}
+    widest = 16 if real == torch.float64 else 128 if BJ == 16 else 32 if states == real else 64
+    return {"PRECISION": PRECISION[real], "BN": 16, "BJ": BJ, "BC": min(_padded(d, 64), widest)}
 
 
 def backward_rows_tile(D: int, d: int) -> dict:
@@ -231,7 +231,7 @@ def backward_rows_tile(D: int, d: int) -> dict:
 
 
 def backward_warps(tile: dict) -> int:
-    return 8 if tile["BC"] >= 512 else 4
+    return 8 if tile["BC"] >= 512 or tile["BC"] == 16 else 4
 
 
 def flow_drift(

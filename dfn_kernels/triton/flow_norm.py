@@ -16,14 +16,6 @@ from . import NO_SPILLS
 
 
 @triton.jit
-def length_of(L, b, N, HAS_LENGTHS: tl.constexpr):
-    length = N
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(L + b), N)
-    return length
-
-
-@triton.jit
 def sums_kernel(
     E, L,  # inputs: energy [B, N], lengths
     P,  # output: sums of blocks [B, blocks]
@@ -35,7 +27,8 @@ def sums_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b = pid // blocks
     n = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    energy = tl.load(E + b * N + n, mask=n < length_of(L, b, N, HAS_LENGTHS), other=0.0).to(tl.float64)
+    length = tl.minimum(tl.load(L + b), N) if HAS_LENGTHS else N
+    energy = tl.load(E + b * N + n, mask=n < length, other=0.0).to(tl.float64)
     tl.store(P + pid, tl.sum(energy, axis=0))
 
 
@@ -51,7 +44,7 @@ def scale_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, block = pid // blocks, pid % blocks
     n = block * BLOCK + tl.arange(0, BLOCK)
-    length = length_of(L, b, N, HAS_LENGTHS)
+    length = tl.minimum(tl.load(L + b), N) if HAS_LENGTHS else N
     inside = n < length
     mean = tl.load(E + b * N + n, mask=inside, other=0.0).to(tl.float64)
     if MODE != "entity":
@@ -88,7 +81,7 @@ def forward_kernel(
     n = ((pid // blocks_c) % blocks_n) * BN + tl.arange(0, BN).to(tl.int64)
     x = (pid % blocks_c) * BC + tl.arange(0, BC)
     rows, channels = n < N, x < d
-    live = n < length_of(L, b, N, HAS_LENGTHS)
+    live = rows & (n < tl.load(L + b)) if HAS_LENGTHS else rows
     scale = tl.load(R + b * N + n, mask=live, other=0.0)
     s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=live[:, None] & channels[None, :], other=0.0)
     y = (scale[:, None] * s.to(scale.dtype)).to(Y.dtype.element_ty)
@@ -116,7 +109,7 @@ def backward_kernel(
     chunks = tl.cdiv(N, chunk)
     pid = tl.program_id(0).to(tl.int64)
     b = pid // chunks
-    length = length_of(L, b, N, HAS_LENGTHS)
+    length = tl.minimum(tl.load(L + b), N) if HAS_LENGTHS else N
     total = tl.zeros((BN,), tl.float64)
     for first in range(0, chunk, BN):
         n = (pid % chunks) * chunk + first + tl.arange(0, BN)
@@ -150,7 +143,7 @@ def energy_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, block = pid // blocks, pid % blocks
     n = block * BLOCK + tl.arange(0, BLOCK)
-    length = length_of(L, b, N, HAS_LENGTHS)
+    length = tl.minimum(tl.load(L + b), N) if HAS_LENGTHS else N
     inside = n < length
     scale = tl.load(R + b * N + n, mask=inside, other=0.0)
     grad = by_mean(scale, tl.load(A + b * N + n, mask=inside, other=0.0), n, MODE == "causal")
