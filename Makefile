@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env demo test check sanitize tsan fuzz wheel bench lint clean
+.PHONY: env demo test check sanitize tsan fuzz wheel hub bench lint clean
 
 env: $(VENV)/.built
 
@@ -22,10 +22,10 @@ $(VENV)/.built: $(VENV)/.deps $(NATIVE)
 	touch $@
 
 demo: env
-	$(BIN)/python -m dfn.demo $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m bench.demo $(if $(TEXT),--text $(TEXT))
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/test_$(op).py)
+INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/kernels/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
@@ -39,14 +39,14 @@ test: env
 
 check: lint test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/*/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton" $(INTERPRETED)
 	$(MAKE) wheel TORCH=2.10.0
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
 SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn gaussian_gather gather_plan flow_attention pattern_route \
-  quantized_route route_density robustness,tests/test_$(op).py)
+  quantized_route route_density robustness,tests/kernels/test_$(op).py)
 sanitize: env
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
 	  -DDFN_SANITIZE=address,undefined,float-cast-overflow \
@@ -93,7 +93,16 @@ wheel: env
 	cp -r tests build/wheel/tests
 	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -c /dev/null --rootdir . \
 	  -p no:cacheprovider -q -m "not slow" -k "(native or streaming) and not compile and not export" \
-	  $(filter-out tests/test_robustness.py,$(SANITIZED))
+	  $(filter-out tests/kernels/test_robustness.py,$(SANITIZED))
+
+# The layout of the Hugging Face kernel hub in build/hub, loaded from there by its own library: the variant that suits
+# this machine, then the one without libraries.
+hub: env
+	$(BIN)/python hub.py build/hub
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target build/hub/site kernels
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py .
+	mkdir -p build/hub/universal/build && cp -r build/hub/build/torch-universal build/hub/universal/build
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py universal
 
 # With every peer that pip has; a missing one costs a row, not the run.
 bench: env
@@ -103,6 +112,7 @@ bench: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 clean:
 	rm -rf build dist *.egg-info dfn_kernels/*.so
