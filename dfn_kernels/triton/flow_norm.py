@@ -1,4 +1,4 @@
-"""FlowNorm in Triton: one pass over the states, and before it one kernel for the means, after it one for their gradient.
+"""FlowNorm in Triton: one pass over the states; a kernel for the means before it, one for their gradient after it.
 
 The means are summed in float64 and in an order that the shape decides. A block of `BLOCK` entities adds up what lies
 before it (after it, for the gradient) on its own: the energies themselves up to `DIRECT` entities, sums of blocks
@@ -167,9 +167,13 @@ DIRECT = 16_384  # so many energies are read by every block, rather than summed 
 
 
 def row_tile(d: int) -> dict[str, int]:
-    """Whole rows, up to 1,024 channels. Few values: all of them are compiled ahead of time by the tests."""
-    BC = min(max(triton.next_power_of_2(d), 64), 1024)
+    """Whole rows, up to 512 channels. Few values: all of them are compiled ahead of time by the tests."""
+    BC = min(max(triton.next_power_of_2(d), 64), 512)
     return {"BN": max(1024 // BC, 4), "BC": BC}
+
+
+def backward_warps(tile: dict[str, int]) -> int:
+    return 8 if tile["BC"] == 512 else 4
 
 
 def chunk_of(N: int, block: int) -> int:
@@ -219,18 +223,18 @@ def flow_norm_backward(
     chunk = chunk_of(N, tile["BN"])
     chunks = triton.cdiv(N, chunk)
     sums = energy.new_empty(B, chunks, dtype=torch.float64)
-    options = {"MODE": mode, "HAS_LENGTHS": lengths is not None, "num_warps": 4}
+    options = {"MODE": mode, "HAS_LENGTHS": lengths is not None}
     lengths = energy if lengths is None else lengths
     backward_kernel[(B * chunks,)](
         grad, states, scale, lengths,
         grad_states, along, sums,
         N, d, grad.stride(0), grad.stride(1), states.stride(0), states.stride(1), chunk,
-        **options, **tile, **NO_SPILLS,
+        **options, **tile, num_warps=backward_warps(tile), **NO_SPILLS,
     )  # fmt: skip
     energy_kernel[(B * triton.cdiv(N, BLOCK),)](
         scale, along, sums, lengths,
         grad_energy,
         N, chunk,
-        **options, BLOCK=BLOCK,
+        **options, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return grad_states, grad_energy

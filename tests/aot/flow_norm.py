@@ -5,7 +5,7 @@ from dfn_kernels.triton import flow_norm as op
 
 from . import POINTER, Case
 
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (64, 128, 256, 512)
 
 
 def cases():
@@ -17,11 +17,12 @@ def cases():
                      "GE": real, "eps": "fp64", "L": POINTER[torch.int64] if has else real}  # fmt: skip
             for d in WIDTHS:
                 constants = {"HAS_LENGTHS": has, **op.row_tile(d)}
-                rare = d not in (256, 1024)
+                rare = d not in (256, 512)
                 yield Case(op.forward_kernel, types, constants, slow=rare)
                 for mode in MODES:
                     slow = rare or mode == "mean"
-                    yield Case(op.backward_kernel, types, {"MODE": mode, **constants}, slow=slow)
+                    warps = op.backward_warps(constants)
+                    yield Case(op.backward_kernel, types, {"MODE": mode, **constants}, warps, slow=slow)
             if dtype not in (torch.float32, torch.float64):
                 continue  # the means are not taken of the states
             constants = {"HAS_LENGTHS": has, "BLOCK": op.BLOCK}

@@ -86,6 +86,31 @@ def test_causal_to_the_bit(backend):
             assert same_bits(flow_norm(**i)[:, :cut], flow_norm(**other)[:, :cut])
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="blocks are Triton's")
+@pytest.mark.parametrize("direct", [True, False])
+def test_many_blocks(direct, monkeypatch):
+    """Several blocks to a sequence, which read all energies or sums of blocks, and several tiles to a program."""
+    from dfn_kernels.triton import flow_norm as op
+
+    N = 9_001 if direct else 40_001
+    if DEVICE == "cpu":  # the interpreter takes a millisecond for what a GPU does in a nanosecond
+        N = 171
+        monkeypatch.setattr(op, "BLOCK", 64)
+        monkeypatch.setattr(op, "DIRECT", N if direct else N - 1)
+        monkeypatch.setattr(op, "chunk_of", lambda N, tile: 2 * tile)
+    for mode in MODES:
+        check_against_reference(flow_norm, make(3, N, 5, mode=mode, lengths=mode != "causal"), "triton")
+    i = make(1, N, 5, mode="causal")
+    with dfn_kernels.use_backend("triton"):
+        want = flow_norm(**i)
+        for cut in (63, 64, 129):
+            energy = i["energy"].clone()
+            energy[:, cut:] = float("nan")
+            assert same_bits(flow_norm(**{**i, "energy": energy})[:, :cut], want[:, :cut])
+        means = flow_norm(torch.ones_like(i["states"]), i["energy"])
+        assert same_bits(means, means[:, :1].expand_as(means))
+
+
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])
 def test_long_running_mean_stays_exact(backend):
     """One large energy, then many small ones, which a float32 sum would forget."""
