@@ -7,6 +7,7 @@ from helpers import (
     DTYPES,
     backends,
     check_against_reference,
+    distance,
     check_compiled,
     leaves,
     same_bits,
