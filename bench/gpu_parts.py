@@ -28,8 +28,9 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
+from .gpu_profile import profiled_cases
 from .measure import run_case
-from .timing import ceilings
+from .timing import captured, ceilings
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.bfloat16)
@@ -179,16 +180,8 @@ def graphs(device: str = "cuda") -> str:
     torch.use_deterministic_algorithms(True, warn_only=True)  # index_add adds in fixed order
 
     def record(run):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
-        return captured, graph.replay
+        graph, results = captured(run)
+        return results, graph.replay
 
     def check(case, backend, dtype):
         return replay_differs(Step(case, backend, dtype, device, case.small), record)
@@ -201,16 +194,16 @@ def replay_differs(step: Step, record: Callable[[Callable], tuple[list[Tensor], 
 
     A gradient may be a view of the incoming one (flow_drift's to positions is): only copies may be overwritten.
     """
-    captured, replay = record(lambda: [x.clone() for x in step()])
+    results, replay = record(lambda: [x.clone() for x in step()])
     names = ["output", *(f"gradient of {name}" for name in step.case.grads)]
     for _ in range(2):
         step.refresh()
         eager = [x.clone() for x in step()]
-        for x in captured:
+        for x in results:
             x.zero_()
         torch.manual_seed(1)
         replay()
-        others = [name for name, a, b in zip(names, captured, eager, strict=True) if not same_bits([a], [b])]
+        others = [name for name, a, b in zip(names, results, eager, strict=True) if not same_bits([a], [b])]
         if others:
             return f"a replay gives other bits than an eager run: {', '.join(others)}"
     return None
@@ -470,7 +463,8 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark, "profiled": profiled,
+    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
+    "profile": profiled_cases, "profiled": profiled,
     "counters": counters,
 }  # fmt: skip
 
