@@ -198,6 +198,7 @@ PRECISION = {torch.float32: "ieee" if torch.version.hip else "tf32x3", torch.flo
 # Rows on their way while others are worked on. On AMD they would wait in registers, and there are not enough.
 STAGES = 1 if torch.version.hip else 3
 SUM = {"BK": 64, "BX": 32}
+ROWS = {"maxnreg": 160} if NO_SPILLS else {}  # whole rows need more registers than other kernels
 
 
 def _padded(size: int, least: int) -> int:
@@ -252,7 +253,7 @@ def flow_drift(
         states, positions, weight, alpha if bias is None else bias, alpha,
         moved, flow, energy,
         *shape, states.stride(0), states.stride(1),
-        HAS_BIAS=bias is not None, **tile, num_warps=4, **(NO_SPILLS if sums else {}),
+        HAS_BIAS=bias is not None, **tile, num_warps=4, **(ROWS if sums else {}),
     )  # fmt: skip
     return moved, flow, energy
 

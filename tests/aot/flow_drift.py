@@ -36,6 +36,6 @@ def cases():
                 if dtype != wide:
                     for has in (True, False):
                         tile = {"HAS_BIAS": has, **op.forward_rows_tile(D, d)}
-                        yield Case(op.forward_rows_kernel, types, tile, slow=rare)
+                        yield Case(op.forward_rows_kernel, types, tile, options=dict(op.ROWS), slow=rare)
                 tile = op.backward_rows_tile(D, d)
                 yield Case(op.backward_rows_kernel, types, tile, op.backward_warps(tile), {}, rare, {"STAGES": 1})
