@@ -16,11 +16,9 @@ BACKENDS = backends("gaussian_gather")
 def test_plan_serves_several_calls(backend, neighbors, monkeypatch):
     """Two layers, one plan: what one call each gives. Hubs are cut into pieces, in Triton here small ones."""
     if backend == "triton":
-        import dfn_kernels.triton.gather_plan as shared
         import dfn_kernels.triton.gaussian_gather_backward as kernels
 
-        for module in (shared, kernels):
-            monkeypatch.setattr(module, "HUB", 8)
+        monkeypatch.setattr(kernels, "HUB", 8)
     inputs = make(N=29, queries=False, k=4)
     inputs["indices"][..., 0] = 3
     if neighbors != "own":

@@ -1,5 +1,5 @@
-"""Orders and transposed lists for the gather on a GPU: static shapes, no host synchronisation, and stable sorts, so that
-the result is always the same. Not yet run on a GPU."""
+"""Orders and transposed lists for the gather on a GPU: static shapes, no host synchronisation, and stable sorts, so
+that the result is always the same. Not yet run on a GPU."""
 
 import torch
 import triton

@@ -1,9 +1,8 @@
-"""Gaussian gather in Triton, forward: weights_kernel makes the weights of all edges, gather_kernel walks them with whole
-rows in a tile and the walk unrolled, so that many rows are on their way at once. Nothing is tuned at run time. A list
-is what heads that share their neighbours share: [B, LH] lists for [B, H] groups, LH = H or 1. An argument that is not
-given is None in a kernel, too.
+"""Gaussian gather in Triton, forward: weights_kernel makes the weights of all edges, gather_kernel walks them with
+whole rows in a tile and the walk unrolled, so that many rows are on their way at once. Nothing is tuned at run time.
 
-The prototype's kernels ran on a GPU; these have not yet.
+A list is what heads that share their neighbours share: [B, LH] lists for [B, H] groups, LH = H or 1. An argument that
+is not given is None in a kernel, too. Not yet run on a GPU.
 """
 
 import torch
@@ -24,9 +23,9 @@ def _group(pid, blocks, H, LH):
 
 @triton.jit
 def _in_order(ORDER, turn, inside):
-    """Who has its turn."""
+    """Who has its turn; the first where nobody has."""
     if ORDER is None:
-        return turn.to(tl.int64)
+        return tl.where(inside, turn, 0).to(tl.int64)
     else:
         return tl.load(ORDER + turn, mask=inside, other=0).to(tl.int64)
 
@@ -36,7 +35,7 @@ def _weights(
     P, Q, I, SQ, W, m, rows, s, scale, N, D, k,  # positions .. influence of the group; queries and slots  # noqa: E741
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """For queries m [BM] and slots s [K]: entity, whether there is one, exponent, and weight without and with influence.
+    """Of queries m [BM], slots s [K]: entity, whether there is one, exponent, and weight without and with influence.
 
     Normalised weights are relative to the row's largest; where they sum to zero, all are zero.
     """
@@ -70,9 +69,15 @@ def _weights(
 
 
 @triton.jit
+def _write_zeros(ZEROS):
+    if tl.program_id(0) == 0:
+        tl.store(ZEROS + tl.arange(0, 256), tl.zeros((256,), ZEROS.dtype.element_ty))
+
+
+@triton.jit
 def weights_kernel(
     P, Q, I, SQ, S, W,  # inputs: positions, queries, indices, squared distances, sigma, influence  # noqa: E741
-    EW,  # output [.., M, k]
+    EW, ZEROS,  # outputs: weights [.., M, k], [256]
     H, LH, N, M, D, k,  # shapes
     NORMALIZE: tl.constexpr,
     BM: tl.constexpr, K: tl.constexpr,  # tunable; K >= k
@@ -92,37 +97,45 @@ def weights_kernel(
     )  # fmt: skip
     at = m[:, None] * k + s[None, :]
     tl.store(EW + group * M * k + at, weight, mask=rows[:, None] & (s < k)[None, :])
+    _write_zeros(ZEROS)
+
+
+@triton.jit
+def _rows(base, row, stride, there, ZEROS, x, channels):
+    """Rows of base, zeros where there is none: a mask by rows would cost registers, and so loads on their way."""
+    start = tl.where(there, base + row.to(tl.int32).to(tl.int64) * stride, ZEROS)  # 32 bits times 32: one instruction
+    return tl.load(start[:, None] + x[None, :], mask=channels[None, :], other=0.0)
 
 
 @triton.jit
 def gather_kernel(
-    V, I, EW, ORDER,  # inputs: values, indices, weights of the edges, order of the queries  # noqa: E741
+    V, I, EW, ZEROS, ORDER,  # inputs: values, indices, weights of the edges, [BC] zeros, order of queries  # noqa: E741
     Y,  # output
     H, LH, N, M, c, k, sVb, sVh, sVn, sYb, sYh, sYm,  # shapes and strides
-    BM: tl.constexpr, BC: tl.constexpr, K: tl.constexpr,  # tunable
+    BM: tl.constexpr, BC: tl.constexpr, U: tl.constexpr,  # tunable; U edges at once
 ):  # fmt: skip
     blocks_c = tl.cdiv(c, BC)
     group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(M, BM) * blocks_c, H, LH)
     turn = (block // blocks_c) * BM + tl.arange(0, BM)
-    x = (block % blocks_c) * BC + tl.arange(0, BC)
-    rows, channels = turn < M, x < c
+    left = (block % blocks_c) * BC
+    x = tl.arange(0, BC)
+    rows, channels = turn < M, left + x < c
     if ORDER is not None:
         ORDER += list_ * M
     m = _in_order(ORDER, turn, rows)
-    V += b * sVb + h * sVh
+    V += b * sVb + h * sVh + left
     I += list_ * M * k  # noqa: E741
     EW += group * M * k
     acc = tl.zeros((BM, BC), EW.dtype.element_ty)
-    for start in range(0, k, K):
-        for u in tl.static_range(K):
-            inside = rows & (start + u < k)
-            j = tl.load(I + m * k + (start + u), mask=inside, other=-1)
-            weight = tl.load(EW + m * k + (start + u), mask=inside, other=0.0)
-            valid = (j >= 0) & (j < N)
-            row = j.to(tl.int32).to(tl.int64) * sVn  # one instruction: 32 bits times 32 bits are 64
-            value = tl.load(V + row[:, None] + x[None, :], mask=valid[:, None] & channels[None, :], other=0.0)
+    for start in range(0, k, U):
+        for u in tl.static_range(U):
+            at = m * k + tl.minimum(start + u, k - 1)
+            j = tl.load(I + at)
+            weight = tl.load(EW + at)
+            there = (j >= 0) & (j < N) & (start + u < k)
+            value = _rows(V, j, sVn, there, ZEROS, x, channels)
             acc += weight[:, None] * value.to(acc.dtype)
-    Y += b * sYb + h * sYh
+    Y += b * sYb + h * sYh + left
     tl.store(Y + m[:, None] * sYm + x[None, :], acc.to(Y.dtype.element_ty), mask=rows[:, None] & channels[None, :])
 
 
@@ -155,20 +168,20 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
 def edge_weights(
     positions: Tensor, queries: Tensor, indices: Tensor, sigma: Tensor, influence: Tensor | None,
     sq_dists: Tensor | None, normalize: bool,
-) -> Tensor:  # fmt: skip
-    """[B, H, M, k], 0 where there is no neighbour."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights [B, H, M, k], 0 where there is no neighbour; and a row of zeros, to be read where there is none."""
     B, H, N, D = positions.shape
     LH, M, k = indices.shape[1:]
-    weights = positions.new_empty(B, H, M, k)
+    weights, zeros = positions.new_empty(B, H, M, k), positions.new_empty(256)
     if weights.numel():
         tile = edge_tiles(k)
         weights_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
             positions, queries, indices, sq_dists, sigma, influence,
-            weights,
+            weights, zeros,
             H, LH, N, M, D, k,
             NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
         )  # fmt: skip
-    return weights
+    return weights, zeros
 
 
 def gaussian_gather(
@@ -180,13 +193,13 @@ def gaussian_gather(
     out = values.new_empty(B, M, H, c).transpose(1, 2)
     if out.numel() == 0:
         return out
-    weights = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
+    weights, zeros = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
     tile = tiles(c, values.dtype)
     grid = (B * H * triton.cdiv(M, tile["rows"]) * triton.cdiv(c, tile["channels"]),)
     gather_kernel[grid](
-        values, indices, weights, query_order,
+        values, indices, weights, zeros.view(values.dtype), query_order,
         out,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(out),
-        BM=tile["rows"], BC=tile["channels"], K=unrolled(k), num_warps=4, **NO_SPILLS,
+        BM=tile["rows"], BC=tile["channels"], U=unrolled(k), num_warps=4,
     )  # fmt: skip
     return out

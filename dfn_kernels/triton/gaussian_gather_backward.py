@@ -1,6 +1,6 @@
-"""Gaussian gather in Triton, backward, in two passes. By query: dots_kernel reads the values, once, and edges_kernel makes
-of the dots what every edge weighs, and the gradients of queries and sigma. By entity: entities_kernel walks the edges
-that point to each entity, once, for the gradients of values, positions and influence.
+"""Gaussian gather in Triton, backward, in two passes. By query: dots_kernel reads the values, once, and edges_kernel
+makes of the dots what every edge weighs, and the gradients of queries and sigma. By entity: entities_kernel walks the
+edges that point to each entity, once, for the gradients of values, positions and influence.
 
 Lists longer than HUB are cut at multiples of HUB. A piece is served like an entity, into `parts`; hubs_kernel adds the
 pieces in their order. So every sum has one order, whatever the lists, and the same bits come out in every run.
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import NO_SPILLS
 from .gather_plan import slot_bits, transpose_neighbors
-from .gaussian_gather import _group, _in_order, _weights, edge_tiles, edge_weights, row_strides, tiles, unrolled
+from .gaussian_gather import _group, _in_order, _rows, _weights, _write_zeros
+from .gaussian_gather import edge_tiles, edge_weights, row_strides, tiles
 
 HUB = 512  # edges
 
@@ -24,7 +25,7 @@ def dots_kernel(
     V, I, G, ORDER,  # inputs: values, indices, gradient of the output, order of the queries  # noqa: E741
     A,  # output [.., M, k]: <g_m, v_j>, along which the weight of the edge moves the loss
     H, LH, N, M, c, k, sVb, sVh, sVn, sGb, sGh, sGm,  # shapes and strides
-    BM: tl.constexpr, BC: tl.constexpr, K: tl.constexpr,  # tunable
+    BM: tl.constexpr, BC: tl.constexpr, K: tl.constexpr,  # tunable; K edges at once
 ):  # fmt: skip
     group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(M, BM), H, LH)
     turn = block * BM + tl.arange(0, BM)
@@ -34,28 +35,26 @@ def dots_kernel(
     m = _in_order(ORDER, turn, rows)
     V += b * sVb + h * sVh
     G += b * sGb + h * sGh
-    for first_slot in range(0, k, K):
-        s = first_slot + tl.arange(0, K)
-        inside = rows[:, None] & (s < k)[None, :]
-        at = m[:, None] * k + s[None, :]
-        j = tl.load(I + list_ * M * k + at, mask=inside, other=-1)
-        valid = (j >= 0) & (j < N)
-        row = j.to(tl.int32).to(tl.int64) * sVn
+    for first in range(0, k, K):
+        s = first + tl.arange(0, K)
+        at = m[:, None] * k + tl.minimum(s, k - 1)[None, :]
+        j = tl.load(I + list_ * M * k + at)
+        there = (j >= 0) & (j < N)
+        row = tl.where(there, j, 0).to(tl.int32).to(tl.int64) * sVn
         dots = tl.zeros((BM, K), A.dtype.element_ty)
         for start in range(0, c, BC):
             x = start + tl.arange(0, BC)
-            g = tl.load(G + m[:, None] * sGm + x[None, :], mask=rows[:, None] & (x < c)[None, :], other=0.0)
-            v = tl.load(
-                V + row[:, :, None] + x[None, None, :], mask=valid[:, :, None] & (x < c)[None, None, :], other=0.0
-            )
+            g = tl.load(G + (m * sGm)[:, None] + x[None, :], mask=(x < c)[None, :], other=0.0)
+            v = tl.load(V + row[:, :, None] + x[None, None, :], mask=(x < c)[None, None, :], other=0.0)
             dots += tl.sum(g.to(dots.dtype)[:, None, :] * v.to(dots.dtype), axis=2)
-        tl.store(A + group * M * k + at, dots, mask=inside)
+        tl.store(A + group * M * k + at, tl.where(there, dots, 0.0), mask=rows[:, None] & (s < k)[None, :])
 
 
 @triton.jit
 def edges_kernel(
     P, Q, I, SQ, S, W, A,  # inputs  # noqa: E741
-    EW, ES, EI, GQ, GS,  # outputs: weights, slopes, influence's part by edge; gradients of queries, sigma by program
+    EW, ES, EI,  # outputs by edge: weight, slope, influence's part
+    GQ, GS, ZEROS,  # outputs: gradient of queries, of sigma by program; [256]
     H, LH, N, M, D, k,  # shapes
     NORMALIZE: tl.constexpr,
     BM: tl.constexpr, K: tl.constexpr,  # tunable; K >= k
@@ -89,6 +88,7 @@ def edges_kernel(
         tl.store(EI + edges + at, gauss * along, mask=inside)
     if GS is not None:
         tl.store(GS + pid, tl.sum(slope * tl.where(valid, -2.0 * exponent, 0.0)) / sigma)
+    _write_zeros(ZEROS)
     if GQ is not None:
         GQ += group * M * D
         for start in range(0, D, 4):
@@ -102,10 +102,10 @@ def edges_kernel(
 
 @triton.jit
 def _share(STARTS, EDGES, I, ORDER, turn, N, k, shift, pieces, HUB: tl.constexpr):  # noqa: E741
-    """What each row of a tile serves: entity, first edge and number of edges; and whether it is a whole list or a piece.
+    """What each row of a tile serves: entity, first edge, number of edges; whether it is a whole list; or a piece.
 
-    Entities come first, in their order. Then come two places for every HUB edges: for the list of the first of them, and
-    for that of the last if it begins among them. Other long lists than these two cannot be there.
+    Entities come first, in their order. Then come two places for every HUB edges: for the list of the first of them,
+    and for that of the last if it begins among them. Other long lists than these two cannot be there.
     """
     own, piece = turn < N, (turn >= N) & (turn < N + pieces)
     place = turn - N
@@ -121,70 +121,72 @@ def _share(STARTS, EDGES, I, ORDER, turn, N, k, shift, pieces, HUB: tl.constexpr
     own, piece = own & (long == 0), piece & long & ((place % 2 == 0) | (first > cut))
     first = tl.where(piece, tl.maximum(first, cut), first)
     last = tl.where(piece, tl.minimum(last, cut + HUB), last)
-    return n, first, tl.where(own | piece, last - first, 0).to(tl.int32), own, piece
+    return n, first, ((last - first) * (own | piece).to(tl.int64)).to(tl.int32), own, piece
 
 
 @triton.jit
 def entities_kernel(
-    P, Q, I, S, G, EW, ES, EI, STARTS, EDGES, ORDER,  # inputs: as above, the transposed lists, order  # noqa: E741
+    P, Q, I, S, G, EW, ES, EI, ZEROS,  # inputs: as above, [BC] zeros  # noqa: E741
+    STARTS, EDGES, ORDER,  # inputs: the transposed lists, order of the entities
     GV, GP, GI,  # outputs: gradients of values, positions, influence
     PARTS_V, PARTS_P, PARTS_I,  # outputs: sums of the pieces [.., pieces, (c or D)]
     H, LH, N, M, D, c, k, shift, pieces, sGb, sGh, sGm, sVb, sVh, sVn,  # shapes and strides
     HUB: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,  # tunable; U edges at once
 ):  # fmt: skip
-    # A program has a block of the channels and a block of the dimensions; which ever there are more of counts.
+    # A program has a block of the channels and a block of the dimensions, as far as there are any.
     blocks = tl.maximum(tl.maximum(tl.cdiv(c, BC), tl.cdiv(D, BD)), 1)
     group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(N + pieces, BN) * blocks, H, LH)
-    # Columns from the start: Triton 3.7 fails to lay out the loads of the loop as rows.
-    turn = (block // blocks) * BN + tl.arange(0, BN)[:, None]
-    x = (block % blocks) * BC + tl.arange(0, BC)[None, :]
-    a = (block % blocks) * BD + tl.arange(0, BD)[None, :]
+    turn = (block // blocks) * BN + tl.arange(0, BN)
+    left = (block % blocks) * BC
+    x = tl.arange(0, BC)
+    a = (block % blocks) * BD + tl.arange(0, BD)
+    channels, dims = left + x < c, (a < D)[None, :]
     if ORDER is not None:
         ORDER += list_ * N
     STARTS += list_ * (N + 1)
     EDGES += list_ * M * k
     n, first, count, own, piece = _share(STARTS, EDGES, I + list_ * M * k, ORDER, turn, N, k, shift, pieces, HUB)
-    served = own | piece
     at = group * pieces + turn - N  # of a piece
     edges = group * M * k
+    final = tl.cast(M, tl.int64) * k - 1
     real: tl.constexpr = S.dtype.element_ty
     values = tl.zeros((BN, BC), real)
     positions = tl.zeros((BN, BD), real)
-    influence = tl.zeros((BN, 1), real)
+    influence = tl.zeros((BN,), real)
     p = tl.zeros((BN, BD), real)
     if GV is not None:
-        G += b * sGb + h * sGh
+        G += b * sGb + h * sGh + left
     if GP is not None:
         Q += group * M * D
-        p = tl.load(P + (group * N + n) * D + a, mask=served & (a < D), other=0.0)
+        p = tl.load(P + ((group * N + n) * D)[:, None] + a[None, :], mask=dims, other=0.0)
     for start in range(0, tl.max(count), U):
         for u in tl.static_range(U):
-            t = start + u
-            live = t < count
-            edge = tl.load(EDGES + first + t, mask=live, other=0)
+            there = start + u < count
+            edge = tl.load(EDGES + tl.minimum(first + (start + u), final))
             m = (edge >> shift).to(tl.int64)
             slot = edges + m * k + (edge & ((1 << shift) - 1))
             if GV is not None:
-                weight = tl.load(EW + slot, mask=live, other=0.0)
-                g = tl.load(G + m * sGm + x, mask=live & (x < c), other=0.0)
-                values += weight * g.to(real)
+                weight = tl.where(there, tl.load(EW + slot), 0.0)
+                g = _rows(G, m, sGm, there, ZEROS, x, channels)
+                values += weight[:, None] * g.to(real)
             if GP is not None:
-                slope = tl.load(ES + slot, mask=live, other=0.0)
-                q = tl.load(Q + m * D + a, mask=live & (a < D), other=0.0)
-                positions += tl.where(live, slope * (q - p), 0.0)  # p may be NaN where nobody lists it
+                step = tl.load(Q + (m * D)[:, None] + a[None, :], mask=dims, other=0.0) - p
+                positions += tl.where(there[:, None], tl.load(ES + slot)[:, None] * step, 0.0)
             if GI is not None:
-                influence += tl.load(EI + slot, mask=live, other=0.0)
+                influence += tl.where(there, tl.load(EI + slot), 0.0)
     if GV is not None:
-        tl.store(GV + b * sVb + h * sVh + n * sVn + x, values.to(GV.dtype.element_ty), mask=own & (x < c))
-        tl.store(PARTS_V + at * c + x, values, mask=piece & (x < c))
+        GV += b * sVb + h * sVh + left
+        value = values.to(GV.dtype.element_ty)
+        tl.store(GV + (n * sVn)[:, None] + x[None, :], value, mask=own[:, None] & channels[None, :])
+        tl.store(PARTS_V + (at * c + left)[:, None] + x[None, :], values, mask=piece[:, None] & channels[None, :])
     if GP is not None:
         sigma = tl.load(S + h)
         positions = positions / (sigma * sigma)
-        tl.store(GP + (group * N + n) * D + a, positions, mask=own & (a < D))
-        tl.store(PARTS_P + at * D + a, positions, mask=piece & (a < D))
+        tl.store(GP + ((group * N + n) * D)[:, None] + a[None, :], positions, mask=own[:, None] & dims)
+        tl.store(PARTS_P + (at * D)[:, None] + a[None, :], positions, mask=piece[:, None] & dims)
     if GI is not None:
-        once = block % blocks == 0
+        once = left == 0
         tl.store(GI + group * N + n, influence, mask=own & once)
         tl.store(PARTS_I + at, influence, mask=piece & once)
 
@@ -237,11 +239,10 @@ def hubs_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
-def dots_tiles(k: int, c: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of 512 bytes at most, which a warp reads at once: sums over a row then stay within a warp."""
-    width = unrolled(k)
+def dots_tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows of 512 bytes at most, which a warp reads at once: a sum over a row then stays within the warp."""
     channels = min(tiles(c, dtype)["channels"], 512 // dtype.itemsize)
-    return {"BM": max(8192 // (width * channels), 1), "BC": channels, "K": width}
+    return {"BM": min(4096 // (channels * dtype.itemsize), 32), "BC": channels, "K": 4}
 
 
 def dims_tile(D: int) -> int:
@@ -251,24 +252,27 @@ def dims_tile(D: int) -> int:
 def _by_query(
     grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
 ) -> tuple[Tensor | None, ...]:
-    """Weights, slopes and influence's part of every edge; gradients of queries and sigma. What nobody wants is None."""
+    """Weight, slope and influence's part of every edge, a row of zeros; gradients of queries and sigma.
+
+    What nobody wants is None."""
     B, H, N, D = positions.shape
     LH, M, k = indices.shape[1:]
     c = values.shape[3]
     if wanted == 4:
-        weights = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
-        return weights, None, None, None, None
+        weights, zeros = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
+        return weights, None, None, zeros, None, None
 
     def edges_if(bit: int) -> Tensor | None:
         return positions.new_empty(B, H, M, k) if wanted & bit else None
 
     along, weights, slopes, parts = positions.new_empty(B, H, M, k), edges_if(4), edges_if(1), edges_if(16)
-    tile = dots_tiles(k, c, values.dtype)
+    zeros = positions.new_empty(256)
+    tile = dots_tiles(c, values.dtype)
     dots_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
         values, indices, grad, query_order,
         along,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(grad),
-        **tile, num_warps=4, **NO_SPILLS,
+        **tile, num_warps=4,
     )  # fmt: skip
     tile = edge_tiles(k)
     programs = triton.cdiv(M, tile["BM"])
@@ -276,15 +280,16 @@ def _by_query(
     grad_sigma = positions.new_empty(B, H, programs) if wanted & 8 else None
     edges_kernel[(B * H * programs,)](
         positions, queries, indices, sq_dists, sigma, influence, along,
-        weights, slopes, parts, grad_queries, grad_sigma,
+        weights, slopes, parts, grad_queries, grad_sigma, zeros,
         H, LH, N, M, D, k,
         NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
-    return weights, slopes, parts, grad_queries, None if grad_sigma is None else grad_sigma.sum((0, 2))
+    return weights, slopes, parts, zeros, grad_queries, None if grad_sigma is None else grad_sigma.sum((0, 2))
 
 
 def _by_entity(
-    grad, positions, queries, values, indices, sigma, weights, slopes, parts, entity_order, starts, edges, wanted
+    grad, positions, queries, values, indices, sigma, weights, slopes, parts, zeros, entity_order, starts,
+    edges, wanted,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, positions and influence; what nobody wants is None."""
     B, H, N, D = positions.shape
@@ -303,12 +308,14 @@ def _by_entity(
     def blocks(channels: int) -> int:
         return B * H * max(triton.cdiv(c, channels), triton.cdiv(D, dims), 1)
 
-    entities_kernel[(triton.cdiv(N + pieces, tile["rows"]) * blocks(tile["channels"]),)](
-        positions, queries, indices, sigma, grad, weights, slopes, parts, starts, edges, entity_order,
+    rows = tile["rows"] // 2
+    entities_kernel[(triton.cdiv(N + pieces, rows) * blocks(tile["channels"]),)](
+        positions, queries, indices, sigma, grad, weights, slopes, parts, zeros.view(values.dtype),
+        starts, edges, entity_order,
         grad_values, grad_positions, grad_influence,
         parts_values, parts_positions, parts_influence,
         H, LH, N, M, D, c, k, shift, pieces, *row_strides(grad), *strides,
-        HUB=HUB, BN=tile["rows"], BC=tile["channels"], BD=dims, U=8, num_warps=4, **NO_SPILLS,
+        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=8, num_warps=4,
     )  # fmt: skip
     if pieces:
         hubs_kernel[(pieces // 2 * blocks(128),)](
@@ -340,7 +347,7 @@ def gaussian_gather_backward(
         )
         grads = [x if wanted >> i & 1 else None for i, x in enumerate(zeros)]
     else:
-        weights, slopes, parts, grads[1], grads[3] = _by_query(
+        weights, slopes, parts, zeros, grads[1], grads[3] = _by_query(
             grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
         )
         if wanted & (1 | 4 | 16):
@@ -349,8 +356,8 @@ def gaussian_gather_backward(
             if entity_order is None and N == M and queries.data_ptr() == positions.data_ptr():
                 entity_order = query_order
             grads[2], grads[0], grads[4] = _by_entity(
-                grad, positions, queries, values, indices, sigma, weights, slopes, parts, entity_order, starts, edges,
-                wanted,
+                grad, positions, queries, values, indices, sigma, weights, slopes, parts, zeros, entity_order,
+                starts, edges, wanted,
             )  # fmt: skip
     likes = positions, queries, values, sigma, sigma
     return tuple(like.new_empty(0) if x is None else x for x, like in zip(grads, likes, strict=True))
