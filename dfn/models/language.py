@@ -1,0 +1,145 @@
+"""Models of Dynamic Flow Networks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..training.losses import wide
+from .decoding import Decoder
+from .layers import DFNBlock, EntityPositions
+from .memory import MemoryState, PersistentFieldMemory
+
+
+class DFNLanguageModel(nn.Module):
+    """A causal language model: every token is an entity, which drifts through ``layers`` blocks.
+
+    ``x = E[ids]``, positions from `EntityPositions`, then `DFNBlock` after `DFNBlock`, each moving the entities on
+    from where the one before left them, and ``logits = W LayerNorm(x) + b``. There is no limit on the length: time is
+    a coordinate.
+
+    With a memory the last block reads ``memory_size`` entities of a `PersistentFieldMemory` together with the
+    sequence. Afterwards its entities, as they were read (normalised states, drifted positions of all heads), are
+    written to it. Time goes on between segments: before the next one, the memory's temporal coordinates move back by
+    the segment's length.
+
+    Args:
+        vocab_size: V; 256 for bytes. dim: d. layers, heads: H. pos_dim: D. k: neighbours per head.
+        memory_size: M, entities of the memory; 0 is none.
+        block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`.
+
+    Call: ``(ids int64 [B, N], memory=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
+    ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
+    returned `MemoryState`, detached, is for the next segment (None with ``memory_size=0``).
+
+    Raises: ValueError (sizes, a memory of other sizes or for a model without one), TypeError (not a MemoryState).
+    """
+
+    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 3,
+                 k: int = 16, *, memory_size: int = 0, block_options: dict[str, Any] | None = None):  # fmt: skip
+        super().__init__()
+        for name, value, least in (("layers", layers, 1), ("memory_size", memory_size, 0)):
+            if value < least:
+                raise ValueError(f"DFNLanguageModel: {name} must be at least {least}, got {value}")
+        options = dict(block_options or {})
+        self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
+                           memory_size=memory_size, block_options=options)  # fmt: skip
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.positions = EntityPositions(dim, heads, pos_dim)
+        self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, causal=True, **options) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size)
+        self.memory = None
+        if memory_size:
+            self.memory = PersistentFieldMemory(memory_size, dim, heads * pos_dim, merge_radius=0.02)
+
+    def forward(self, ids: Tensor, memory: MemoryState | None = None) -> tuple[Tensor, MemoryState | None]:
+        self.check_memory(memory)
+        states = self.embed(ids)
+        positions = self.positions(states)
+        for block in self.blocks[:-1]:
+            states, positions = block(states, positions)
+        last = self.blocks[-1]
+        before, (states, positions) = states, last(states, positions, memory=memory)
+        if self.memory is not None:
+            memory = self._written(memory, before, positions)
+        return self.head(self.norm(states)), memory
+
+    @torch.no_grad()
+    def _written(self, memory: MemoryState | None, states: Tensor, positions: Tensor) -> MemoryState:
+        """The memory after a segment: what the last block was given, ``[B, N, d]``, and where it drifted to."""
+        H, N, D = positions.shape[1:]
+        memory = self.memory.initial_state(len(states), states.device) if memory is None else memory
+        written = positions.transpose(1, 2).flatten(2).detach()
+        memory = self.memory.write(memory.detach(), written, self.blocks[-1].norm(states).detach())
+        back = torch.zeros(H, D, device=states.device)
+        back[self.positions.semantic :, 0] = N * self.positions.log_scale.exp()  # no other coordinate is time
+        return memory._replace(positions=memory.positions - back.flatten() * (memory.influence > 0)[..., None])
+
+    def check_memory(self, memory: MemoryState | None) -> None:
+        if memory is None:
+            return
+        if self.memory is None:
+            raise ValueError("DFNLanguageModel: memory must be None with memory_size=0")
+        if not isinstance(memory, MemoryState):
+            raise TypeError(f"DFNLanguageModel: memory must be a MemoryState, got {type(memory).__name__}")
+
+    @torch.no_grad()
+    def generate(
+        self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        generator: torch.Generator | None = None, memory: MemoryState | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``.
+
+        Tokens are drawn from ``softmax(logits / temperature)``, restricted to the ``top_k`` likeliest if given;
+        temperature 0 takes the likeliest. The prompt costs one pass, every token one entity's arithmetic (`Decoder`).
+        Prompt and continuation are one segment: ``memory`` is read, and written by nobody.
+        """
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"generate: ids must have shape [B, N] with N > 0, got {list(ids.shape)}")
+        if not temperature >= 0:
+            raise ValueError(f"generate: temperature must not be negative, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+        B, N = ids.shape
+        out = torch.cat([ids, ids.new_empty(B, max_new_tokens)], 1)
+        decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
+        for end in range(N, N + max_new_tokens):
+            logits = decoder(out[:, end - 1 : end] if end > N else ids)
+            out[:, end] = sample(wide(logits), temperature, top_k, generator)
+        return out
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token per row of ``logits [B, V]``: int64 ``[B]``."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+ABLATIONS = {
+    "flow": dict(block_options=dict(flow=False)),
+    "memory": dict(memory_size=0),
+    "flow_norm": dict(block_options=dict(flow_norm=False)),
+    "receiver_drift": dict(block_options=dict(receiver_drift=False)),
+    "heads": dict(heads=1),
+}
+
+
+def ablated(config: dict, without: str) -> dict:
+    """The arguments of a `DFNLanguageModel` that lacks one of its parts, a key of ``ABLATIONS``; "heads" leaves one.
+
+    >>> ablated(dict(dim=64, memory_size=8), "flow")
+    {'dim': 64, 'memory_size': 8, 'block_options': {'flow': False}}
+    >>> DFNLanguageModel(**ablated(dict(dim=64), "heads")).config["heads"]
+    1
+    """
+    if without not in ABLATIONS:
+        raise ValueError(f"ablated: without must be one of {', '.join(ABLATIONS)}, got {without!r}")
+    change = ABLATIONS[without]
+    if "block_options" in change:
+        change = dict(block_options={**(config.get("block_options") or {}), **change["block_options"]})
+    return {**config, **change}

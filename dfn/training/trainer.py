@@ -1,0 +1,320 @@
+"""Training: AdamW, warm-up and cosine decay, accumulation, clipping, a progress bar; NaN stops it."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .losses import language_modelling
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or a gradient became NaN or infinite: in which step, and where it was first seen."""
+
+    def __init__(self, what: str, step: int, layer: str):
+        super().__init__(f"{what} is not finite in step {step}; first seen in {layer}")
+        self.step, self.layer = step, layer
+
+
+def language_model_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count."""
+    ids, targets = batch
+    return language_modelling(model(ids)[0], targets)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch):
+    """The same tuples, named tuples and dicts with ``function`` of every tensor."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: map_tensors(function, x) for key, x in batch.items()}
+    parts = [map_tensors(function, x) for x in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def rows(batch, part: int, parts: int):
+    """Part number ``part`` of ``parts`` equal ones of every tensor's rows."""
+
+    if parts == 1:
+        return batch
+
+    def cut(x: Tensor) -> Tensor:
+        if len(x) % parts:
+            raise ValueError(f"Trainer: the batch must be a multiple of {parts} (processes x accumulate), got {len(x)}")
+        return x.tensor_split(parts)[part]
+
+    return map_tensors(cut, batch)
+
+
+def tokens_in(batch) -> int:
+    """How many tokens or entities a model reads in a batch: those of its first part."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    if isinstance(batch, dict):
+        return sum(tokens_in(x) for x in batch.values())
+    return batch.influence.numel() if hasattr(batch, "influence") else tokens_in(batch[0])
+
+
+@dataclass
+class History:
+    """What happened: one entry per step, and one per evaluation."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # nats
+    seconds: list[float] = field(default_factory=list)  # since training began, evaluations left out
+    tokens: list[int] = field(default_factory=list)  # seen so far
+    evaluated: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, what `evaluate` returned
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in vars(self).items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "History":
+        whole = {name: tensors[name].long().tolist() for name in ("steps", "tokens")}
+        real = {name: tensors[name].tolist() for name in ("losses", "seconds")}
+        return cls(**whole, **real, evaluated=[(int(n), s, x) for n, s, x in tensors["evaluated"].tolist()])
+
+
+class Trainer:
+    """Trains a model for so many steps, or so many seconds, or whichever comes first.
+
+    The step length rises over ``warmup`` steps to ``lr`` and falls along a cosine to ``final * lr`` at the end, where
+    the end is counted in steps or in seconds: a run of two minutes decays fully on a slow machine, too. Matrices
+    decay by ``weight_decay``; biases, gains, embeddings and the scalars of the heads do not.
+
+    Args:
+        model: what to train. loss: ``(model, batch) -> 0-d Tensor``, the mean over the rows of the batch.
+        steps, seconds: the length of the run; at least one of them.
+        accumulate: the gradient of a batch is summed up over so many equal parts of its rows, one after the other.
+        clip: the largest norm of the gradient.
+        autocast: run the forward pass under autocast to this dtype (bfloat16).
+        partial: the loss may leave parameters without a gradient; several processes then look for them in every step.
+        unit: of the loss: "bits" if it is nats that the bar is to show as bits, else the name it goes by.
+
+    A batch is a tensor, or tuples and dicts of tensors, with the same number of rows everywhere. Where
+    `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
+    DistributedDataParallel averages the gradients: n processes train as one does.
+
+    `state_dict` and `load_state_dict` carry model, optimizer and step: with the same batches a resumed run goes on as
+    if it had never stopped.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, loss: Callable[[nn.Module, tuple], Tensor] = language_model_loss,
+        steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
+        weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), clip: float = 1.0, accumulate: int = 1,
+        autocast: torch.dtype | None = None, unit: str = "bits", partial: bool = True,
+    ):  # fmt: skip
+        if steps is None and seconds is None:
+            raise ValueError("Trainer: steps or seconds must be given")
+        if accumulate < 1:
+            raise ValueError(f"Trainer: accumulate must be at least 1, got {accumulate}")
+        self.model, self.loss, self.unit = model, loss, unit
+        self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
+        self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
+        self.step, self.elapsed = 0, 0.0
+        self.device = next(model.parameters()).device
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+        matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
+        other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
+        groups = [{"params": matrix, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+        self.run: nn.Module = _Loss(model, loss)
+        if distributed():
+            self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=partial)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1."""
+        by_steps = self.step / self.steps if self.steps else 0.0
+        by_time = self.elapsed / self.seconds if self.seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def learning_rate(self) -> float:
+        decay = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * self.progress))
+        return self.lr * min(1.0, (self.step + 1) / self.warmup if self.warmup else 1.0) * decay
+
+    def train_step(self, batch: tuple) -> float:
+        """One step; returns the loss. Raises NonFiniteLoss before it would spoil the parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad()
+        total, n = torch.zeros((), dtype=torch.float64, device=self.device), self.accumulate
+        parts = [rows(batch, self.rank * n + i, self.processes * n) for i in range(n)]
+        for i, part in enumerate(parts):
+            part = parts[i] = map_tensors(lambda x: x.to(self.device), part)
+            waits = i + 1 < n and self.processes > 1  # gradients are exchanged once a step, with the last part
+            with self.run.no_sync() if waits else contextlib.nullcontext():
+                loss = self._loss(part) / n
+                loss.backward()
+            total += loss.detach()
+        if self.processes > 1:
+            dist.all_reduce(total)
+            total /= self.processes
+        value = total.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss("the loss", self.step, self._first_bad_layer(*parts) or "the loss itself")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, foreach=True)
+        if not math.isfinite(norm.item()):
+            named = self.model.named_parameters()
+            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteLoss("the gradient", self.step, ", ".join(bad[:3]) or "its norm, which overflows")
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def _loss(self, batch: tuple) -> Tensor:
+        try:
+            with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+                return self.run(batch)
+        except ValueError as error:  # the neighbour search refuses positions that are not finite
+            layer = self._first_bad_layer(batch)
+            if layer is None:
+                raise
+            raise NonFiniteLoss("the forward pass", self.step, layer) from error
+
+    def _first_bad_layer(self, *batches: tuple) -> str | None:
+        """The name of the first parameter that is not finite, else of the first layer with such an output."""
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                return name
+        found: list[str] = []
+
+        def look(name):
+            def hook(module, inputs, output):
+                tensors = output if isinstance(output, tuple | list) else [output]
+                if not found and any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
+                    found.append(name)
+
+            return hook
+
+        hooks = [m.register_forward_hook(look(name or "the model")) for name, m in self.model.named_modules()]
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self.loss(self.model, batch)
+        except ValueError:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
+
+    def fit(
+        self,
+        batches: Iterable[tuple] | Iterator[tuple],
+        *,
+        evaluate: Callable[[], float] | None = None,
+        evaluations: int = 8,
+        progress: bool = True,
+        history: History | None = None,
+        after_step: Callable[[History], object] | None = None,
+    ) -> History:
+        """Trains to the end, calling ``evaluate`` at ``evaluations`` evenly spaced points and at the end.
+
+        The time that evaluating takes is not counted. A resumed run goes on with its ``history``; ``after_step`` is
+        called with it when a step and its evaluation are done.
+        """
+        history, batches = history or History(), iter(batches)
+        self.model.train()
+        bar = _Bar(self) if progress else None
+        due = self.progress + 1 / evaluations if evaluations else math.inf
+        tokens = began_with = history.tokens[-1] if history.tokens else 0
+        began_at = self.elapsed
+        while self.progress < 1:
+            began = time.perf_counter()
+            batch = next(batches)
+            value = self.train_step(batch)
+            self.elapsed += time.perf_counter() - began
+            tokens += tokens_in(batch)
+            for values, entry in ((history.steps, self.step), (history.losses, value),
+                                  (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
+                values.append(entry)
+            if bar:
+                bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
+            if evaluate and (self.progress >= due or self.progress >= 1):
+                due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
+                self.model.eval()
+                history.evaluated.append((self.step, self.elapsed, evaluate()))
+                self.model.train()
+                if bar:
+                    bar.held_out = history.evaluated[-1][2]
+            if after_step:
+                after_step(history)
+        if bar:
+            bar.close()
+        self.model.eval()
+        return history
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "elapsed": self.elapsed}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class _Loss(nn.Module):
+    """The loss as a forward pass, which is what DistributedDataParallel hooks into."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, tuple], Tensor]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: tuple) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+class _Bar:
+    """A bar over steps or seconds, with the loss, smoothed, tokens per second, and the most memory used so far."""
+
+    def __init__(self, trainer: Trainer):
+        from tqdm import tqdm
+
+        self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
+        self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
+        interval = 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
+        self.bar = tqdm(total=1000, desc="training", mininterval=interval, dynamic_ncols=True, bar_format=form)
+
+    def update(self, value: float, rate: float) -> None:
+        t = self.trainer
+        self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
+        parts = [
+            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
+            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
+            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
+            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
+            f"{rate:,.0f} tokens/s",
+            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
+        ]
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        self.bar.update(round(1000 * t.progress) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
