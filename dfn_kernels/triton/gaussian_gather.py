@@ -150,15 +150,16 @@ def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
     return {"rows": min(8192 // (channels * dtype.itemsize), 32), "channels": channels}
 
 
-def unrolled(k: int) -> int:
-    """Edges of a row that are walked at once."""
-    return 4 if k <= 4 else 8 if k <= 8 or -k % 16 >= 8 else 16
+def unrolled(k: int, x: Tensor) -> int:
+    """Edges that are walked at once: few where the rows of x are read number by number, not 16 bytes at once."""
+    aligned = all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
+    return (8 if k > 4 else 4) if aligned else 2
 
 
 def edge_tiles(k: int) -> dict[str, int]:
     """Queries of a program that holds all of their edges, and edges of each."""
     width = 16 if k <= 16 else 64 if k <= 64 else 256 if k <= 256 else 1024
-    return {"BM": 1024 // width, "K": width}
+    return {"BM": max(512 // width, 1), "K": width}
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -200,6 +201,6 @@ def gaussian_gather(
         values, indices, weights, zeros.view(values.dtype), query_order,
         out,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(out),
-        BM=tile["rows"], BC=tile["channels"], U=unrolled(k), num_warps=4,
+        BM=tile["rows"], BC=tile["channels"], U=unrolled(k, values), num_warps=4,
     )  # fmt: skip
     return out

@@ -14,8 +14,18 @@ from torch import Tensor
 
 from . import NO_SPILLS
 from .gather_plan import slot_bits, transpose_neighbors
-from .gaussian_gather import _group, _in_order, _rows, _weights, _write_zeros
-from .gaussian_gather import edge_tiles, edge_weights, row_strides, tiles
+from .gaussian_gather import (
+    _group,
+    _in_order,
+    _rows,
+    _weights,
+    _write_zeros,
+    edge_tiles,
+    edge_weights,
+    row_strides,
+    tiles,
+    unrolled,
+)
 
 HUB = 512  # edges
 
@@ -249,6 +259,11 @@ def dims_tile(D: int) -> int:
     return 4 if D <= 4 else 16
 
 
+def entities_options(channels: int) -> dict[str, int]:
+    """At 256 channels it is the limit that makes ptxas spill."""
+    return NO_SPILLS if channels < 256 else {}
+
+
 def _by_query(
     grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
 ) -> tuple[Tensor | None, ...]:
@@ -288,8 +303,20 @@ def _by_query(
 
 
 def _by_entity(
-    grad, positions, queries, values, indices, sigma, weights, slopes, parts, zeros, entity_order, starts,
-    edges, wanted,
+    grad,
+    positions,
+    queries,
+    values,
+    indices,
+    sigma,
+    weights,
+    slopes,
+    parts,
+    zeros,
+    entity_order,
+    starts,
+    edges,
+    wanted,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, positions and influence; what nobody wants is None."""
     B, H, N, D = positions.shape
@@ -308,14 +335,14 @@ def _by_entity(
     def blocks(channels: int) -> int:
         return B * H * max(triton.cdiv(c, channels), triton.cdiv(D, dims), 1)
 
-    rows = tile["rows"] // 2
+    rows = tile["rows"] // 4  # lists have different lengths: few rows wait for the longest
     entities_kernel[(triton.cdiv(N + pieces, rows) * blocks(tile["channels"]),)](
         positions, queries, indices, sigma, grad, weights, slopes, parts, zeros.view(values.dtype),
         starts, edges, entity_order,
         grad_values, grad_positions, grad_influence,
         parts_values, parts_positions, parts_influence,
         H, LH, N, M, D, c, k, shift, pieces, *row_strides(grad), *strides,
-        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=8, num_warps=4,
+        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=unrolled(8, grad), num_warps=4, **entities_options(tile["channels"]),
     )  # fmt: skip
     if pieces:
         hubs_kernel[(pieces // 2 * blocks(128),)](

@@ -39,6 +39,100 @@ def test_plan_serves_several_calls(backend, neighbors, monkeypatch):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what the lists of the other backends hold is theirs to say")
+@pytest.mark.parametrize("sizes", [(2, 3, 11, 5, 17), (1, 1, 50, 1, 7), (2, 2, 40, 16, 3), (1, 2, 3, 4, 900)], ids=str)
+def test_transposed_lists(sizes):
+    """Every edge of an entity once, in its order; indices out of range are nobody's."""
+    from dfn_kernels.triton.gather_plan import slot_bits, transpose_neighbors
+
+    B, H, M, k, N = sizes
+    indices = torch.randint(-2, N + 2, (B, H, M, k), device=DEVICE)
+    starts, edges = transpose_neighbors(indices, None, None, N)
+    assert edges.dtype == torch.int32 and starts.shape == (B, H, N + 1)
+    edges = edges.flatten(2).long()
+    pairs = torch.stack([edges >> slot_bits(k), edges & (1 << slot_bits(k)) - 1], 3)  # query, slot
+    for b in range(B):
+        for h in range(H):
+            for n in range(N):
+                mine = slice(starts[b, h, n], starts[b, h, n + 1])
+                want = (indices[b, h] == n).nonzero()
+                assert pairs[b, h, mine].equal(want)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="pieces as the Triton kernels cut them")
+@pytest.mark.parametrize("counts", [
+    (8, 9, 0, 7, 16),  # as long as a piece, one longer, none, the next begins with a block
+    (0, 24, 40, 8, 1, 15),  # two hubs that share a block; a hub that begins with one, and one that ends with one
+    (3, 160),  # pieces of 20 blocks
+    (12, 12, 12, 12),
+])  # fmt: skip
+def test_hubs_are_cut_into_pieces(counts, monkeypatch):
+    """Lists of these lengths, cut into pieces of 8: every gradient is the reference's."""
+    import dfn_kernels.triton.gaussian_gather_backward as kernels
+
+    monkeypatch.setattr(kernels, "HUB", 8)
+    N, k = len(counts), 3
+    ends = torch.arange(N, device=DEVICE).repeat_interleave(torch.tensor(counts, device=DEVICE))
+    M = -(-len(ends) // k)
+    inputs = make(B=1, H=2, N=N, M=M, k=k, c=19)
+    for h in range(2):
+        missing = torch.full((M * k - len(ends),), -1, device=DEVICE)
+        inputs["indices"][0, h] = torch.cat([ends, missing])[torch.randperm(M * k, device=DEVICE)].view(M, k)
+    check_against_reference(gaussian_gather, inputs, "triton")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="counts the launches of Triton kernels")
+@pytest.mark.parametrize("given", ["plan", "nothing"])
+def test_launches(given, monkeypatch):
+    """Kernels and PyTorch calls that do work: 2 forward without an order to make, 5 backward with a plan's lists."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import dfn_kernels.triton.gather_plan as plans
+    import dfn_kernels.triton.gaussian_gather as forward
+    import dfn_kernels.triton.gaussian_gather_backward as backward
+
+    work = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                work.append(self.kernel.__name__)
+                with torch.utils._python_dispatch._disable_current_modes():
+                    self.kernel[grid](*args, **options)
+
+            return launch
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if not (name.startswith(("empty", "new_empty")) or func.is_view or name == "fill_"):
+                work.append(name)
+            return func(*args, **(kwargs or {}))
+
+    for module in (plans, forward, backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    monkeypatch.setattr(backward, "HUB", 8)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    i = make(N=29, M=31, k=4)
+    with dfn_kernels.use_backend("triton"):
+        plan = gather_plan(i["indices"], i["positions"], i["query_positions"])
+    reuse = plan[1:5] if given == "plan" else (None,) * 4
+    arguments = i["positions"], i["query_positions"], i["values"], i["indices"], i["sigma"], i["influence"], None
+    work.clear()
+    with Calls():
+        grad = forward.gaussian_gather(*arguments, reuse[0], True)
+    assert work == ["weights_kernel", "gather_kernel"]
+    work.clear()
+    with Calls():
+        backward.gaussian_gather_backward(grad, *arguments, *reuse, True, 31)
+    lists = ["keys_kernel", "sort", "lists_kernel"] if given == "nothing" else []
+    assert work == ["dots_kernel", "edges_kernel", "sum", *lists, "entities_kernel", "hubs_kernel"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D", [1, 2, 3, 5])
 def test_spatial_order(backend, D):

@@ -111,6 +111,8 @@ def test_every_pair_of_options(backend, row):
         dict(c=67, D=5, k=7, H=1),
         dict(c=131, D=7, k=3, B=1, N=2, M=5),
         dict(c=300, D=3, k=19, B=1, H=2, N=23, M=7),
+        dict(c=48, D=18, k=70, B=1, H=1, N=13, M=3),
+        dict(c=5, D=2, k=1024, B=1, H=1, N=700, M=2),
     ],
 )
 def test_sizes(backend, sizes):
@@ -131,6 +133,29 @@ def test_gradcheck(backend, normalize):
 
     with dfn_kernels.use_backend(backend):
         assert torch.autograd.gradcheck(op, tensors, nondet_tol=0.0, fast_mode=INTERPRETED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_distances_of_a_search(backend, normalize):
+    """With the squared distances that a search knows the result is the same, and so are the gradients."""
+    inputs = make(B=1, H=2, N=23, M=7, D=3, c=5, k=6)
+    names = ("positions", "query_positions", "values", "indices", "sigma", "influence")
+    indices = inputs["indices"]
+
+    def run(known):
+        copies = leaves(inputs)
+        p, q = copies["positions"].detach(), copies["query_positions"].detach()
+        steps = q.unsqueeze(3) - p.unsqueeze(2).expand(-1, -1, 7, -1, -1).gather(
+            3, indices.clamp(min=0).unsqueeze(4).expand(*indices.shape, 3)
+        )
+        sq_dists = steps.square().sum(4).where(indices >= 0, torch.inf) if known else None
+        out = torch.ops.dfn.gaussian_gather(*(copies[n] for n in names), normalize, backend, sq_dists)
+        out.square().sum().backward()
+        return [out.detach(), *(copies[n].grad for n in names if n != "indices")]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
