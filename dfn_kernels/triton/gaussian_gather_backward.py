@@ -342,7 +342,8 @@ def _by_entity(
         grad_values, grad_positions, grad_influence,
         parts_values, parts_positions, parts_influence,
         H, LH, N, M, D, c, k, shift, pieces, *row_strides(grad), *strides,
-        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=unrolled(8, grad), num_warps=4, **entities_options(tile["channels"]),
+        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=unrolled(8, grad),
+        num_warps=4, **entities_options(tile["channels"]),
     )  # fmt: skip
     if pieces:
         hubs_kernel[(pieces // 2 * blocks(128),)](

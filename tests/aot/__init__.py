@@ -4,6 +4,7 @@ One file per op lists what the package ships: `cases()` yields a Case for every 
 tests/kernels/test_aot.py compiles them all.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -36,7 +37,7 @@ class Case:
 
     def __str__(self):
         used = [self.types[name].strip("*") for name in self.kernel.arg_names if name in self.types]
-        kinds = "-".join(dict.fromkeys(used))
+        kinds = "-".join(kind for kind, _ in itertools.groupby(used))
         values = "-".join(f"{k}{int(v) if isinstance(v, bool) else v}" for k, v in self.constants.items())
         aligned = "-aligned" if self.aligned else ""
         return f"{self.kernel.fn.__module__.split('.')[-1]}.{self.kernel.fn.__name__}-{kinds}-{values}{aligned}"

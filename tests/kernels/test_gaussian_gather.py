@@ -112,7 +112,7 @@ def test_every_pair_of_options(backend, row):
         dict(c=131, D=7, k=3, B=1, N=2, M=5),
         dict(c=300, D=3, k=19, B=1, H=2, N=23, M=7),
         dict(c=48, D=18, k=70, B=1, H=1, N=13, M=3),
-        dict(c=5, D=2, k=1024, B=1, H=1, N=700, M=2),
+        dict(c=16, D=2, k=257, B=1, H=1, N=211, M=2),
     ],
 )
 def test_sizes(backend, sizes):
@@ -218,6 +218,25 @@ def test_padding_is_nobody(backend, normalize):
     assert out.isfinite().all() and out[:, :, 3].eq(0).all() and out[:, :, 4].ne(0).any()
     for name in ("values", "positions"):
         assert inputs[name].grad.isfinite().all() and inputs[name].grad[:, :, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_not_a_number_stays_with_its_neighbors(backend, normalize):
+    """A query that stands nowhere spoils its own output and the gradients of those it lists, and nobody else's."""
+    inputs = make(B=1, H=1, N=29, M=11, k=3, c=16)
+    inputs["indices"][0, 0, 4] = torch.tensor([7, 28, -1], device=DEVICE)
+    inputs["query_positions"][0, 0, 4] = float("nan")
+    names = ("positions", "values", "influence")
+    for name in names:
+        inputs[name].requires_grad_()
+    with dfn_kernels.use_backend(backend):
+        out = gaussian_gather(**inputs, normalize=normalize)
+        out.sum().backward()
+    assert out[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [4]
+    for name in names:
+        grad = inputs[name].grad.view(29, -1)
+        assert grad.isnan().any(-1).nonzero().flatten().tolist() == [7, 28], name
 
 
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])
