@@ -144,7 +144,7 @@ def gather_kernel(
 def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and channels of a program: whole rows up to 256 channels, 8 KiB in all."""
     most = 128 if dtype == torch.float64 else 256
-    channels = min(max(triton.next_power_of_2(c), 16), most)
+    channels = min(max(triton.next_power_of_2(c), 32), most)
     if -c % channels >= 128:
         channels = 128
     return {"rows": min(8192 // (channels * dtype.itemsize), 32), "channels": channels}

@@ -259,9 +259,9 @@ def dims_tile(D: int) -> int:
     return 4 if D <= 4 else 16
 
 
-def entities_options(channels: int) -> dict[str, int]:
-    """At 256 channels it is the limit that makes ptxas spill."""
-    return NO_SPILLS if channels < 256 else {}
+def entities_options(channels: int, influence: bool) -> dict[str, int]:
+    """What keeps ptxas from spilling, as compiling has shown: a limit on registers in the small tiles, else none."""
+    return NO_SPILLS if channels <= 64 and not influence else {}
 
 
 def _by_query(
@@ -287,7 +287,7 @@ def _by_query(
         values, indices, grad, query_order,
         along,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(grad),
-        **tile, num_warps=4,
+        **tile, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     tile = edge_tiles(k)
     programs = triton.cdiv(M, tile["BM"])
@@ -343,7 +343,7 @@ def _by_entity(
         parts_values, parts_positions, parts_influence,
         H, LH, N, M, D, c, k, shift, pieces, *row_strides(grad), *strides,
         HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=unrolled(8, grad),
-        num_warps=4, **entities_options(tile["channels"]),
+        num_warps=4, **entities_options(tile["channels"], grad_influence is not None),
     )  # fmt: skip
     if pieces:
         hubs_kernel[(pieces // 2 * blocks(128),)](

@@ -61,24 +61,26 @@ def by_rows(dtype, types):
         for aligned, unrolled in ((ROWS, (8, 4)), ((), (2,))):
             tile["U"] = unrolled[0]
             rest = {"aligned": aligned, "slow": not (half and aligned or often and channels == 64)}
-            limits = {"options": backward.entities_options(channels), **rest}
-            yield Case(backward.entities_kernel, types, {**tile, **own}, **limits)
+            options = backward.entities_options(channels, False)
+            yield Case(backward.entities_kernel, types, {**tile, **own}, options=options, **rest)
             for edges in unrolled:
                 yield Case(forward.gather_kernel, types, {"BM": rows, "BC": channels, "U": edges}, options={}, **rest)
-                rest["slow"] = limits["slow"] = True
+                rest["slow"] = True
         tile_of_rows = {"BM": rows, "BC": channels, "U": 2, "ORDER": None}
         yield Case(forward.gather_kernel, types, tile_of_rows, options={}, **rest)
         values_only = none("EI", "GI", "PARTS_I", "ES", "GP", "PARTS_P")
         positions_only = none("EI", "GI", "PARTS_I", "EW", "GV", "PARTS_V")
         influence_only = none("ES", "GP", "PARTS_P", "EW", "GV", "PARTS_V")
         for without in ({}, {"ORDER": None}, values_only, positions_only, influence_only):
-            yield Case(backward.entities_kernel, types, {**tile, **without}, **limits)
-        yield Case(backward.entities_kernel, {**types, "EDGES": I64}, {**tile, "BD": 16}, **limits)
+            options = backward.entities_options(channels, "GI" not in without)
+            yield Case(backward.entities_kernel, types, {**tile, **without}, options=options, **rest)
+        constants = {**tile, "BD": 16}
+        yield Case(backward.entities_kernel, {**types, "EDGES": I64}, constants, options=options, **rest)
     for tile in sorted({tuple(backward.dots_tiles(c, dtype).items()) for c in CHANNELS}):
         for aligned in (ROWS, ()):
             slow = not often or not aligned
-            yield Case(backward.dots_kernel, types, dict(tile), options={}, aligned=aligned, slow=slow)
-        yield Case(backward.dots_kernel, types, {**dict(tile), "ORDER": None}, options={}, slow=True)
+            yield Case(backward.dots_kernel, types, dict(tile), aligned=aligned, slow=slow)
+        yield Case(backward.dots_kernel, types, {**dict(tile), "ORDER": None}, slow=True)
     tile = {"R": 16, "BC": 128, **hub}
     yield Case(backward.hubs_kernel, types, {**tile, "BD": 4}, slow=not often)
     for without in (own, none("PARTS_P", "GP", "PARTS_I", "GI"), none("PARTS_V", "GV", "PARTS_I", "GI")):
