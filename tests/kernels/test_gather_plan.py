@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, backends, check_against_reference, leaves, same_bits
+from launches import started_by
 from test_gaussian_gather import make, with_plan
 
 import dfn_kernels
@@ -81,56 +82,26 @@ def test_hubs_are_cut_into_pieces(counts, monkeypatch):
     check_against_reference(gaussian_gather, inputs, "triton")
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="counts the launches of Triton kernels")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what the Triton launchers start")
 @pytest.mark.parametrize("given", ["plan", "nothing"])
-def test_launches(given, monkeypatch):
-    """Kernels and PyTorch calls that do work: 2 forward without an order to make, 5 backward with a plan's lists."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    import dfn_kernels.triton.gather_plan as plans
+def test_what_large_inputs_start(given, monkeypatch):
+    """With lists that could be hubs, and without a plan: what DESIGN.md allows, and the making of the lists."""
     import dfn_kernels.triton.gaussian_gather as forward
     import dfn_kernels.triton.gaussian_gather_backward as backward
 
-    work = []
-
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                work.append(self.kernel.__name__)
-                with torch.utils._python_dispatch._disable_current_modes():
-                    self.kernel[grid](*args, **options)
-
-            return launch
-
-    class Calls(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.overloadpacket.__name__
-            if not (name.startswith(("empty", "new_empty")) or func.is_view or name == "fill_"):
-                work.append(name)
-            return func(*args, **(kwargs or {}))
-
-    for module in (plans, forward, backward):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     monkeypatch.setattr(backward, "HUB", 8)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     i = make(N=29, M=31, k=4)
     with dfn_kernels.use_backend("triton"):
         plan = gather_plan(i["indices"], i["positions"], i["query_positions"])
     reuse = plan[1:5] if given == "plan" else (None,) * 4
-    arguments = i["positions"], i["query_positions"], i["values"], i["indices"], i["sigma"], i["influence"], None
-    work.clear()
-    with Calls():
-        grad = forward.gaussian_gather(*arguments, reuse[0], True)
-    assert work == ["weights_kernel", "gather_kernel"]
-    work.clear()
-    with Calls():
-        backward.gaussian_gather_backward(grad, *arguments, *reuse, True, 31)
-    lists = ["keys_kernel", "sort", "lists_kernel"] if given == "nothing" else []
-    assert work == ["dots_kernel", "edges_kernel", "sum", *lists, "entities_kernel", "hubs_kernel"]
+    inputs = i["positions"], i["query_positions"], i["values"], i["indices"], i["sigma"], i["influence"], None
+    started = started_by(lambda: forward.gaussian_gather(*inputs, reuse[0], True))
+    assert started == ["kernel weights_kernel", "kernel gather_kernel"]
+    grad = torch.randn(2, 3, 31, 37, device=DEVICE)
+    started = started_by(lambda: backward.gaussian_gather_backward(grad, *inputs, *reuse, True, 31))
+    lists = ["kernel keys_kernel", "aten.sort.stable", "kernel lists_kernel"] if given == "nothing" else []
+    assert started == ["kernel dots_kernel", "kernel edges_kernel", "aten.sum.dim_IntList", *lists,
+                       "kernel entities_kernel", "kernel hubs_kernel"]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -75,8 +75,6 @@ OVER = {
     "flow_norm, mean-triton-backward": "the same",
     "flow_norm, causal-triton-backward": "the same",
     "flow_norm, lengths-triton-backward": "the same",
-    "gaussian_gather-triton-backward": "gradients are put together by PyTorch",
-    "gaussian_gather, heads-triton-backward": "the same",
 }
 OVER_GRID = "cuts and cells are put together by PyTorch"
 
