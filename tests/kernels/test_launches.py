@@ -65,11 +65,6 @@ def differentiable(out: object) -> tuple[Tensor, ...]:
     return tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad)
 
 
-# Over their budgets until the launchers that are being rewritten land; `strict` says when an entry can go.
-OVER = {
-    "gaussian_gather-triton-backward": "gradients are put together by PyTorch",
-    "gaussian_gather, heads-triton-backward": "the same",
-}
 OVER_GRID = "cuts and cells are put together by PyTorch"
 
 
@@ -79,8 +74,7 @@ def budgets() -> list:
         for backend in backends(op):
             for which, allowed in zip(("forward", "backward"), most, strict=True):
                 key = f"{name}-{backend}-{which}"
-                marks = [pytest.mark.xfail(reason=OVER[key], strict=True, raises=AssertionError)] if key in OVER else []
-                runs.append(pytest.param(make, backend, which, allowed, id=key, marks=marks))
+                runs.append(pytest.param(make, backend, which, allowed, id=key))
     return runs
 
 
