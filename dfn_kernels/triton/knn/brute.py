@@ -1,7 +1,7 @@
 """Every query against every point, for any number of dimensions.
 
-Points are cut into slices, so that few queries fill a GPU, too: a program takes LANES queries, one a lane, and a slice. Where
-there are several slices, a second kernel merges what they found.
+Points are cut into slices, so that few queries fill a GPU, too: a program takes LANES queries, one a lane, and a slice.
+Where there are several slices, a second kernel merges what they found.
 """
 
 import torch
@@ -13,7 +13,7 @@ from . import lists
 from .lists import FAR, forget, merge_list, merge_sorted, write
 from .tree import JIT
 
-GROUP = 16  # points at a time
+GROUP = 8  # points at a time
 SHORTEST = 128  # points in a slice
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
 
@@ -61,8 +61,9 @@ def row_kernel(
     HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     K: tl.constexpr,  # length of the list, a power of two, at least k
 ):  # fmt: skip
-    """One query per program, for float64. Two passes: K candidates at a time are sorted and merged into the K best, whose
-    last is tau; then the points nearer than tau are written in the order of their indices, and of those at tau the first.
+    """One query per program, for float64. Two passes: K candidates at a time are sorted and merged into the K best,
+    whose k-th is tau; then the points nearer than tau are written in the order of their indices, and of those at tau
+    the first.
     """
     pid = tl.program_id(0)
     b, i = (pid // M).to(tl.int64), pid % M
@@ -228,7 +229,7 @@ def search(
         sq_dists, order = sq_dists.sort(dim=-1, stable=True)
         return indices.gather(-1, order), sq_dists
 
-    (K, kept), CAP = lists.sizes(k), 3 * GROUP
+    (K, kept), CAP = lists.sizes(k), 32 + GROUP
     blocks = B * triton.cdiv(M, lists.LANES)
     slices, size = cut(blocks, N, kept)
     items = blocks * slices

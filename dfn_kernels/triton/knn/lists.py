@@ -1,8 +1,8 @@
-"""The k nearest of what each lane has met, as sorted keys in memory, and a list of what is still to be merged into them.
+"""The k nearest of what each lane has met, sorted keys in memory, and a list of what is still to be merged into them.
 
-A key is (distance bits << 32 | index): an integer, and keys order as neighbours do. Whatever is nearer than the worst of
-the k is put at the end of the lane's list, one store; a list that is nearly full is sorted and merged, K keys at a time,
-by networks of min and max in registers. All lanes do the same, whatever their keys are.
+A key is (distance bits << 32 | index): an integer, and keys order as neighbours do. Whatever is nearer than the worst
+of the k is put at the end of the lane's list, one store; a list that is nearly full is sorted and merged, K keys at a
+time, by networks of min and max in registers. All lanes do the same, whatever their keys are.
 
 A program's memory: CAP list entries, then `kept` best keys, a multiple of K; entry s of lane l is at s LANES + l. The
 first kept - k of the best are -1, so that the last one is the k-th of what was found.
@@ -109,7 +109,7 @@ def forget(BEST, like, kept, k, LANES: tl.constexpr):
 
 @triton.jit
 def write(MEMORY, OUT_I, OUT_D, at, mask, kept, k, LANES: tl.constexpr):
-    """The best keys, which begin at MEMORY, as indices and squared distances from `at` on; -1 and inf if there is none."""
+    """The best keys, which begin at MEMORY, as indices and squared distances from `at` on; -1 and inf for none."""
     tl.debug_barrier()  # a lane reads what another one has written
     lane = tl.arange(0, LANES)[:, None]
     for chunk in range(0, kept, 4):  # four of a row fill a sector, and not all registers
@@ -138,9 +138,11 @@ def sizes(k: int) -> tuple[int, int]:
 
 
 def options(kept: int, K: int) -> dict[str, object]:
-    """For the compiler: no fused multiply-add, and a limit without which ptxas takes more registers than pay."""
+    """For the compiler: no fused multiply-add, and no more registers than what is needed (without a limit ptxas spills,
+    or takes so many that few programs fit).
+    """
     exact = {"num_warps": 1, "enable_fp_fusion": False}
-    return exact if torch.version.hip else exact | {"maxnreg": 128 if kept == K else 192}
+    return exact if torch.version.hip else exact | {"maxnreg": 144 if kept == K else 232}
 
 
 def programs(work: int, entries: int) -> int:

@@ -1,8 +1,8 @@
 """Points in the order of a Hilbert curve, in boxes: LEAF points a leaf, FAN leaves a node, FAN nodes a branch.
 
 1. A frame for each batch: where the middle 80 % of a sample lie, with one scale for all axes.
-2. Every point gets a key: segment | is it usable? | its place on the curve. One radix sort. Points of one key stay in the
-   order of their indices.
+2. Every point gets a key: segment | is it usable? | its place on the curve. One radix sort. Points of one key stay in
+   the order of their indices.
 3. Points are packed in this order, and every box gets its edges and the lowest index in it.
 
 The order decides how fast a search is, never what it finds. Shapes depend on sizes alone; nothing waits for the device.
