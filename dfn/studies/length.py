@@ -7,6 +7,7 @@ span of one is a needle, a longer one a copy.
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Needle(Task):
 
     partial, graphable = False, False
 
-    def __init__(self, options: Options, build, span: int, segment: int | None):
+    def __init__(self, options: Options, build: Callable[[], nn.Module], span: int, segment: int | None):
         super().__init__(options)
         self.build, self.span, self.segment = build, span, segment
 
@@ -167,7 +168,7 @@ def run(arguments: argparse.Namespace) -> dict:
                 lambda o: Needle(o, build, arguments.span, segment), options(rate, seed), folder
             )
             by_distance = {}
-            for length in [arguments.length // 8, *judged_at]:
+            for length in [max(2 * arguments.span + 2, arguments.length // 8), *judged_at]:
                 generator = torch.Generator().manual_seed(seed + 2**33)
                 rows = max(arguments.rows, arguments.rows * judged_at[-1] // (8 * length))
                 distance = length - arguments.span - 1

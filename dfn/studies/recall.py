@@ -9,6 +9,7 @@ Source: Arora et al., Zoology: measuring and improving recall in efficient langu
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ ENOUGH = 0.99
 LONGEST = 256
 VOCABULARY = 8192  # Zoology's
 POWER = 0.01  # of its gaps
+JUDGED = 1000  # sequences
 
 
 def recall_batch(
@@ -75,13 +77,13 @@ def scattered_batch(
 
 
 class Recall(Task):
-    """Batches of recall; ``held_out_loss`` is the share of 1,000 sequences' queries that are answered."""
+    """Batches of recall; ``held_out_loss`` is the share of `JUDGED` sequences' queries that are answered."""
 
     partial = False
 
-    def __init__(self, options: Options, build, draw):
+    def __init__(self, options: Options, build: Callable[[], nn.Module], draw: Callable, vocab_size: int = 64):
         super().__init__(options)
-        self.build, self.draw = build, draw
+        self.build, self.draw, self.vocab_size = build, draw, vocab_size
 
     def model(self) -> nn.Module:
         return self.build()
@@ -92,15 +94,16 @@ class Recall(Task):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return language_modelling(model(batch[0])[0], batch[1])
 
-    def held_out_loss(self, model: nn.Module, batches: int = 1000) -> float:
-        ids, targets = self.draw(batches, torch.Generator().manual_seed(self.options.seed + 2**32))
+    def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
+        ids, targets = self.draw(JUDGED, torch.Generator().manual_seed(self.options.seed + 2**32))
         device = next(model.parameters()).device
-        return recall_accuracy(model, ids.to(device), targets.to(device))
+        return recall_accuracy(model, ids.to(device), targets.to(device), self.vocab_size)
 
 
 @torch.no_grad()
-def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor, rows: int = 125) -> float:
+def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor, vocab_size: int = 64) -> float:
     """The share of the queries, targets that are not -100, whose value is the likeliest."""
+    rows = max(1, 2**25 // (ids.shape[1] * vocab_size))  # what 128 MiB of logits hold
     right = [model(i)[0].argmax(-1) == t for i, t in zip(ids.split(rows), targets.split(rows), strict=True)]
     return torch.cat(right)[targets >= 0].float().mean().item()
 
@@ -146,7 +149,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
         def cell(folder) -> dict:
             build = lambda: contender(kind, config, length, same_shape=True)  # noqa: E731
-            result = study.trained(lambda o: Recall(o, build, draw), options, folder)[1]
+            result = study.trained(lambda o: Recall(o, build, draw, vocab_size), options, folder)[1]
             after = next((point["step"] for point in result["curve"] if point["value"] >= ENOUGH), None)
             return {**result, "steps_to_99": after, "length": length, "vocabulary": vocab_size}
 
@@ -182,8 +185,8 @@ def table(found: dict) -> str:
     kind = "8,192 tokens, scattered queries" if o["zoology"] else "a small vocabulary, queries after the pairs"
     return "\n\n".join([
         f"# Recall, {kind}",
-        f"{o['steps']:,} steps of {o['batch']} sequences; queries of 1,000 sequences not trained on, mean ± standard "
-        "deviation of the seeds. Rivals have as many layers, the same dim and as many parameters.",
+        f"{o['steps']:,} steps of {o['batch']} sequences; queries of {JUDGED:,} sequences not trained on, mean ± "
+        "standard deviation of the seeds. Rivals have as many layers, the same dim and as many parameters.",
         markdown(head, rows),
         *([f"Ended early: {failed}."] if failed else []),
         where(found),

@@ -182,6 +182,27 @@ def test_nan_names_step_layer_and_checkpoint(text, tmp_path, monkeypatch):
         quiet(o, tmp_path / "other")
 
 
+def test_the_best_weights_are_kept(text, tmp_path, monkeypatch):
+    """Judged 5, 2, 3, 4: the run ends with the weights of the second evaluation, also when it is gone on with."""
+    values = iter([5.0, 2.0, 3.0, 4.0])
+    seen = []
+
+    def judged(self, model, batches=2):
+        seen.append({name: x.clone() for name, x in model.state_dict().items()})
+        return next(values)
+
+    monkeypatch.setattr(KINDS["text"], "held_out_loss", judged)
+    wanted = Options.of("text", data=text, length=16, steps=8, keep="best", lr=1e-2, **TINY)
+    run = runs.train(wanted, tmp_path, evaluations=4, progress=False, say=lambda line: None)
+    ended = {name: x.clone() for name, x in run.model.state_dict().items()}
+    assert all(same_bits(ended[name], x) for name, x in seen[1].items())
+    assert not all(same_bits(ended[name], x) for name, x in seen[3].items())
+    loaded = runs.Run.load(tmp_path).model.state_dict()
+    assert all(same_bits(loaded[name], x) for name, x in ended.items())
+    last = checkpoints.load(checkpoints.found(tmp_path)[-1]).part("model")  # what --resume goes on from
+    assert all(same_bits(last[name], x) for name, x in seen[3].items())
+
+
 def test_accumulation_is_the_same_gradient(text, tmp_path):
     """In float64 the parts add up to the whole."""
     from dfn.training.trainer import Trainer
