@@ -6,7 +6,6 @@ A field is a function from positions in [0, 1]^D to values in R^c, known on a gr
 
 import itertools
 import math
-import wave
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import gaussian_gather, knn
+
+from .files import read_picture, read_sound
 
 
 class Field:
@@ -115,14 +116,8 @@ class ImageField(GridField):
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageField":
-        """A picture file (PNG; JPEG and others where Pillow is installed), values in [0, 1], transparency left out."""
-        from matplotlib.image import imread
-
-        pixels = torch.tensor(imread(path))
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        pixels = pixels[..., :3] if pixels.shape[-1] == 4 else pixels
-        return cls((pixels.float() / (1 if pixels.is_floating_point() else 255))[None])
+        """A picture file of any kind that Pillow reads, values in [0, 1], transparency left out."""
+        return cls(read_picture(path)[None])
 
 
 class WaveField(GridField):
@@ -139,20 +134,8 @@ class WaveField(GridField):
     @classmethod
     def load(cls, path: str | Path) -> "WaveField":
         """A WAV file of PCM samples, 8, 16, 24 or 32 bits."""
-        try:
-            with wave.open(str(path), "rb") as file:
-                width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-                raw = file.readframes(file.getnframes())
-        except (wave.Error, EOFError) as error:
-            raise ValueError(f"WaveField: path must be a WAV file of PCM samples, got {path}: {error}") from error
-        data = torch.frombuffer(bytearray(raw[: len(raw) // (width * channels) * width * channels]), dtype=torch.uint8)
-        parts = data.view(-1, width).double()
-        if width == 1:  # unsigned, unlike the others
-            level = (parts[:, 0] - 128) / 128
-        else:
-            value = (parts * 256.0 ** torch.arange(width)).sum(1)
-            level = (value - 256.0**width * (value >= 256.0**width / 2)) / (256.0**width / 2)
-        return cls(level.float().view(1, -1, channels), rate)
+        samples, rate = read_sound(path)
+        return cls(samples[None], rate)
 
 
 class SpectrogramField(GridField):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveField
+from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities
 from ..models.field_models import DFNFieldModel
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state
@@ -134,25 +135,31 @@ class Triples:
     """Scenes of your own: files of one name in a folder, such as ``bird.txt``, ``bird.png`` and ``bird.wav``.
 
     Of a text the first ``length`` bytes count; of a picture, in grey, and of a sound's spectrogram random crops of
-    ``size`` cells a side (a spectrogram has 32 frequencies). One scene in ten is held out.
+    ``size`` cells a side (a spectrogram has 32 frequencies). Scenes with such a name (`named_held_out`) are held out,
+    else one in ten.
     """
 
     def __init__(self, path: str | Path, size: int, length: int):
-        root, scenes = Path(path), {}
-        if not root.is_dir():
-            raise ValueError(f"joint: data must be a folder, got {path}")
-        for line in sorted(root.rglob("*.txt")):
-            pixels = [p for e in PICTURES if (p := line.with_suffix(e)).exists()]
-            if not pixels or not line.with_suffix(".wav").exists():
+        if not Path(path).is_dir():
+            raise ValueError(f"data must be a folder of scenes, got {path}")
+        parts: dict[str, dict[str, Path]] = {}
+        for name, file in files_in(path, (".txt", ".wav", *PICTURES), "scenes").items():
+            ending = file.suffix.lower()
+            what = {".txt": "text", ".wav": "audio"}.get(ending, "image")
+            parts.setdefault(name.removesuffix(file.suffix), {}).setdefault(what, file)
+        scenes = {}
+        for name, of in parts.items():
+            if len(of) < 3:
                 continue
-            seen, heard = picture(pixels[0]).mean(-1, keepdim=True), spectrogram(line.with_suffix(".wav"))
+            seen, heard = picture(of["image"]).mean(-1, keepdim=True), spectrogram(of["audio"])
             if min(seen.shape[:2]) >= size and len(heard) >= size:
-                text = line.read_bytes()[:length].ljust(length)
-                scenes[line.stem] = torch.tensor(list(text)), seen, heard
+                text = of["text"].read_bytes()[:length].ljust(length)
+                scenes[name] = torch.tensor(list(text)), seen, heard
         if len(scenes) < 2:
             want = f"x.txt, x.png and x.wav, at least {size} pixels and {size} steps of a spectrogram large"
-            raise ValueError(f"joint: {path} must hold at least two scenes ({want}), got {len(scenes)}")
-        out = {n for n in scenes if zlib.crc32(n.encode()) % 10 == 0} - {max(scenes)} or {min(scenes)}
+            raise ValueError(f"{path} must hold at least two scenes ({want}), got {len(scenes)}")
+        by_checksum = {n for n in scenes if checksum(n) % 10 == 0} - {max(scenes)} or {min(scenes)}
+        out = named_held_out(scenes) or by_checksum
         self.path, self.size = path, size
         self.train, self.held_out = ([scenes[n] for n in scenes if (n in out) == held] for held in (False, True))
 
