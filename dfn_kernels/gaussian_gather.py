@@ -6,7 +6,7 @@ from torch import Tensor
 from . import _backends
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call
-from .gather_plan import GatherPlan, shared_heads, spatial_order
+from .gather_plan import GatherPlan, fits, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather")
@@ -218,7 +218,7 @@ def gather_heads(
     if isinstance(sigma, Tensor):
         sigma = sigma.to(real).expand(H)
     else:
-        sigma = torch.full((H,), sigma, dtype=real, device=values.device)
+        sigma = torch.full((H,), min(sigma, torch.finfo(real).max), dtype=real, device=values.device)
     if real == torch.float64:
         values = values.double()
 
@@ -286,6 +286,7 @@ def gaussian_gather(
     plan = indices if isinstance(indices, GatherPlan) else GatherPlan(indices)
     are_flags(OP, normalize=normalize)
     _check(positions, values, plan.indices, sigma, influence, query_positions)
+    fits(OP, plan, values.shape[-2])
     lead = values.ndim - 2
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype != torch.float64:

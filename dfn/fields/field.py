@@ -62,7 +62,8 @@ class Field:
         level = self.values.detach().float().mean(-1)
         flat = level.flatten(1)
         low, high = (x.view(-1, *[1] * self.dim) for x in (flat.amin(1), flat.amax(1)))
-        return ((level - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(max=bins - 1), bins
+        share = (level - low) / (high - low).where(high > low, 1)
+        return (share * bins).long().clamp(0, bins - 1), bins
 
     def patch(self, positions: Tensor, size: int) -> Tensor:
         """The values around ``positions [B, n, D]``, one cell apart: ``[B, n, size^D * c]``, in row-major order."""
@@ -152,7 +153,8 @@ class SpectrogramField(GridField):
             raise ValueError(f"SpectrogramField: window must be at most the {samples.shape[1]} samples, got {window}")
         shape = torch.hann_window(window, device=samples.device, dtype=samples.dtype)
         spectrum = torch.stft(samples, window, hop, window=shape, return_complex=True).abs()  # [B, F, T]
-        peak = spectrum.flatten(1).amax(1).clamp(min=1e-12)[:, None, None]
+        peak = spectrum.flatten(1).amax(1)[:, None, None]
+        peak = peak.where(peak > 0, 1)
         level = 20 * (spectrum / peak).clamp(min=10 ** (-decibels / 20)).log10() / decibels + 1
         return cls(level.transpose(1, 2)[..., None])
 
@@ -222,7 +224,8 @@ class PointField(Field):
         if len(self.grid) != D:
             raise ValueError(f"PointField: grid must have {D} axes, as the points, got {list(self.grid)}")
         low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
-        scale = (high - low).amax(2, keepdim=True).clamp(min=1e-12)
+        scale = (high - low).amax(2, keepdim=True)
+        scale = scale.where(scale > 0, 1)
         self.points, self.at_points, self.k = (points - low) / scale, values, k
 
     @property

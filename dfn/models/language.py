@@ -110,13 +110,21 @@ class DFNLanguageModel(nn.Module):
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row of ``logits [B, V]``: int64 ``[B]``."""
+    """One token per row of ``logits [B, V]``: int64 ``[B]``. Of equal logits the lower token is the likelier one.
+
+    Any temperature from 0, the likeliest token, to infinity, where all that have a chance have the same.
+    """
     if temperature == 0:
         return logits.argmax(-1)
+    ids = None
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+        logits, ids = logits[:, :top_k], ids[:, :top_k]
+    logits = logits.double()
+    below = logits.amax(-1, keepdim=True) - logits  # a quotient of 0 stays 0, whatever the temperature
+    scaled = (-below / temperature).masked_fill(logits == -torch.inf, -torch.inf)
+    chosen = torch.multinomial(scaled.softmax(-1), 1, generator=generator)
+    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
 
 
 ABLATIONS = {

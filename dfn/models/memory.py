@@ -95,7 +95,8 @@ class PersistentFieldMemory(nn.Module):
         with torch.no_grad():
             root = self._roots(p.detach())
         total = torch.zeros_like(w).scatter_add(1, root, w)
-        share = w / total.gather(1, root).clamp(min=1e-30)
+        whole = total.gather(1, root)
+        share = w / whole.where(whole > 0, 1)
         p = torch.zeros_like(p).scatter_add(1, root[..., None].expand_as(p), share[..., None] * p)
         s = torch.zeros_like(s).scatter_add(1, root[..., None].expand_as(s), share.to(s.dtype)[..., None] * s)
         p = p.masked_fill((total <= 0)[..., None], FAR)

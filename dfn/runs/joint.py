@@ -85,7 +85,7 @@ def joint_losses(model: DFNFieldModel, entities: dict[str, Entities], hidden: di
         if kind == "text":
             losses[kind] = language_modelling(found, e.states.argmax(-1).masked_fill(~hidden[kind], -100))
         else:  # as a share of what saying the mean would leave: 1 is no better than that
-            spread = (e.states - e.states.mean((0, 1))).square().mean().clamp(min=1e-8)
+            spread = (e.states - e.states.mean((0, 1))).square().mean().clamp(min=1e-8)  # states are in [0, 1]
             losses[kind] = field_reconstruction(found, e.states, hidden[kind]) / spread
     # Without their mean, which all fields share at the start, and which holds contrast back.
     views = {kind: model.represent(e, kind=kind) for kind, e in entities.items()}
