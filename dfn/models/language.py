@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.progress import shown
 from .decoding import Decoder
 from .layers import DFNBlock, EntityPositions
 from .memory import MemoryState, PersistentFieldMemory
@@ -86,13 +87,13 @@ class DFNLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None, memory: MemoryState | None = None,
+        generator: torch.Generator | None = None, memory: MemoryState | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
         """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``.
 
         Tokens are drawn from ``softmax(logits / temperature)``, restricted to the ``top_k`` likeliest if given;
         temperature 0 takes the likeliest. The prompt costs one pass, every token one entity's arithmetic (`Decoder`).
-        Prompt and continuation are one segment: ``memory`` is read, and written by nobody.
+        Prompt and continuation are one segment: ``memory`` is read, and written by nobody. ``progress`` shows a bar.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"generate: ids must have shape [B, N] with N > 0, got {list(ids.shape)}")
@@ -103,7 +104,7 @@ class DFNLanguageModel(nn.Module):
         B, N = ids.shape
         out = torch.cat([ids, ids.new_empty(B, max_new_tokens)], 1)
         decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
-        for end in range(N, N + max_new_tokens):
+        for end in shown(range(N, N + max_new_tokens), "generating", progress):
             logits = decoder(out[:, end - 1 : end] if end > N else ids)
             out[:, end] = sample(logits.float(), temperature, top_k, generator)
         return out

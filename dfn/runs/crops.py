@@ -16,7 +16,7 @@ from ..fields.sampler import AdaptiveSampler, Entities, Sampler
 from ..training.text import load_corpus
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-WINDOW, HOP = 62, 32  # of a sound's spectrogram: 32 frequencies
+WINDOW, HOP, FREQUENCIES = 62, 32, 32  # of a sound's spectrogram
 SOUNDS = ("/usr/share/sounds", "/System/Library/Sounds", "C:/Windows/Media")  # where systems keep WAV files
 
 
@@ -88,7 +88,7 @@ def load_crops(kind: str, path: str | Path | None, size: int) -> Crops:
     if kind == "sound":
         paths = machine_sounds() if path is None else files_in(path, (".wav",), "WAV files")
         sounds = {name: spectrogram(p) for name, p in paths.items()}
-        return Crops(sounds, (size, WINDOW // 2 + 1), SpectrogramField, axis=0)
+        return Crops(sounds, (size, FREQUENCIES), SpectrogramField, axis=0)
     if kind == "text":
         corpus = load_corpus(path)
         crops = Crops({corpus.name: corpus.train}, (4 * size,), TextField, axis=0)
@@ -119,7 +119,7 @@ def spectrogram(path: Path) -> Tensor:
     """``[steps, 32, 1]``; no steps for a sound shorter than a window."""
     sound = WaveField.load(path)
     if sound.grid[0] < WINDOW:
-        return torch.zeros(0, WINDOW // 2 + 1, 1)
+        return torch.zeros(0, FREQUENCIES, 1)
     return SpectrogramField.of(sound, WINDOW, HOP).values[0]
 
 

@@ -25,6 +25,7 @@ SHAPES = ("disc", "ring", "bars", "cross")
 TONES = ("low", "mid", "high", "rising")
 CHANNELS = {"text": 256, "image": 9, "audio": 9}  # one-hot bytes; patches of 3 x 3
 KINDS = tuple(CHANNELS)
+LINE = 26  # bytes in a line of the small world
 
 
 def small_world(batch: int, generator: torch.Generator | None = None) -> tuple[dict[str, Field], Tensor]:
@@ -48,7 +49,7 @@ def small_world(batch: int, generator: torch.Generator | None = None) -> tuple[d
     sound = torch.sin(2 * math.pi * (pitch * t + slope * t * t / 2))
     sound = sound + 0.05 * torch.randn(sound.shape, generator=generator)
 
-    lines = [f"a {SHAPES[s]} and a {TONES[a]} tone".ljust(26) for s, a in label.tolist()]
+    lines = [f"a {SHAPES[s]} and a {TONES[a]} tone".ljust(LINE) for s, a in label.tolist()]
     fields = {
         "text": TextField(torch.tensor([list(line.encode()) for line in lines])),
         "image": ImageField(pictures[..., None]),

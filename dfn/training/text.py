@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..fields.files import checksum, files_in, named_held_out
+from .progress import shown
 
 # Folders that some systems ship without the rest of the library, or that hold other people's packages.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -144,12 +145,15 @@ def segments(data: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor, T
         done = end
 
 
-def compressed_bits_per_byte(data: Tensor) -> dict[str, float]:
+def compressed_bits_per_byte(data: Tensor, progress: bool = False) -> dict[str, float]:
     """What general compressors make of the same bytes alone, at their highest settings: bits per byte by name."""
     raw = data.numpy().tobytes()
     compressors = {"gzip": lambda x: gzip.compress(x, 9), "bzip2": lambda x: bz2.compress(x, 9),
                    "xz": lambda x: lzma.compress(x, preset=9)}  # fmt: skip
-    return {name: 8 * len(compress(raw)) / len(raw) for name, compress in compressors.items()}
+    return {
+        name: 8 * len(compress(raw)) / len(raw)
+        for name, compress in shown(compressors.items(), "compressing", progress)
+    }
 
 
 def bigram_bits_per_byte(train: Tensor, held_out: Tensor) -> float:

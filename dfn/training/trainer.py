@@ -101,6 +101,8 @@ class Trainer:
     `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
     DistributedDataParallel averages the gradients: n processes train as one does.
 
+    `history` is that of the last call of `fit`, also where an exception ended it.
+
     `state_dict` and `load_state_dict` carry model, optimizer and step: with the same batches a resumed run goes on as
     if it had never stopped.
     """
@@ -118,7 +120,7 @@ class Trainer:
         self.model, self.loss, self.unit = model, loss, unit
         self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.elapsed, self.history = 0, 0.0, History()
         self.device = next(model.parameters()).device
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
@@ -219,39 +221,73 @@ class Trainer:
     ) -> History:
         """Trains to the end, calling ``evaluate`` at ``evaluations`` evenly spaced points and at the end.
 
-        The time that evaluating takes is not counted. A resumed run goes on with its ``history``; ``after_step`` is
-        called with it when a step and its evaluation are done.
+        ``batches`` that end, as a DataLoader's do, are gone through again. The time that evaluating takes is not
+        counted. A resumed run goes on with its ``history``; ``after_step`` is called with it when a step and its
+        evaluation are done.
+
+        Raises NonFiniteLoss (a step, or an evaluation), ValueError (no batch, or an iterator that ends: `history` has
+        what was trained until then).
         """
-        history, batches = history or History(), iter(batches)
+        self.history = history = history or History()
+        stream = self._endless(batches)
         self.model.train()
         bar = _Bar(self) if progress else None
         due = self.progress + 1 / evaluations if evaluations else math.inf
         tokens = began_with = history.tokens[-1] if history.tokens else 0
         began_at = self.elapsed
-        while self.progress < 1:
-            began = time.perf_counter()
-            batch = next(batches)
-            value = self.train_step(batch)
-            self.elapsed += time.perf_counter() - began
-            tokens += tokens_in(batch)
-            for values, entry in ((history.steps, self.step), (history.losses, value),
-                                  (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
-                values.append(entry)
-            if bar:
-                bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
-            if evaluate and (self.progress >= due or self.progress >= 1):
-                due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
-                self.model.eval()
-                history.evaluated.append((self.step, self.elapsed, evaluate()))
-                self.model.train()
+        try:
+            while self.progress < 1:
+                began = time.perf_counter()
+                batch = next(stream)
+                value = self.train_step(batch)
+                self.elapsed += time.perf_counter() - began
+                tokens += tokens_in(batch)
+                for values, entry in ((history.steps, self.step), (history.losses, value),
+                                      (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
+                    values.append(entry)
                 if bar:
-                    bar.held_out = history.evaluated[-1][2]
-            if after_step:
-                after_step(history)
-        if bar:
-            bar.close()
-        self.model.eval()
+                    bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
+                if evaluate and (self.progress >= due or self.progress >= 1):
+                    due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
+                    history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
+                    if bar:
+                        bar.held_out = history.evaluated[-1][2]
+                if after_step:
+                    after_step(history)
+        finally:
+            if bar:
+                bar.close()
+            self.model.eval()
         return history
+
+    def _endless(self, batches: Iterable[tuple]) -> Iterator[tuple]:
+        while True:
+            before = self.step
+            yield from batches
+            if self.step == before:  # nothing came in this pass
+                if before == 0 or not isinstance(batches, Iterator):
+                    raise ValueError("Trainer: batches must hold at least one batch, got none")
+                length = f"{self.steps} steps" if self.steps else f"{self.seconds:g} seconds"
+                raise ValueError(
+                    f"Trainer: batches ended after step {before} of {length}, and an iterator cannot be gone through "
+                    "again; give a DataLoader, a list, or a generator that does not end"
+                )
+
+    def _evaluated(self, evaluate: Callable[[], float], batch: tuple) -> float:
+        self.model.eval()
+        try:
+            value = evaluate()
+        except ValueError as error:  # as in `_loss`
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            if layer is None:
+                raise
+            raise NonFiniteLoss("the evaluation", self.step, layer) from error
+        finally:
+            self.model.train()
+        if not math.isfinite(value):
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            raise NonFiniteLoss("the evaluation", self.step, layer or "the evaluation itself")
+        return value
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
