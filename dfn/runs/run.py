@@ -237,7 +237,7 @@ def _say_schedule(trainer: Trainer, before: int, say: Say) -> None:
         rate = trainer.learning_rate()
         trainer.steps = before
         was, trainer.steps = trainer.learning_rate(), after
-        say(f"{after} steps instead of {before}: the step length is that of a run of {after}, {rate:.2g} after {was:.2g}")
+        say(f"{after} steps instead of {before}: step length {rate:.2g} after {was:.2g}, as in a run of {after}")
     elif trainer.step >= after:
         say(f"all {after} steps are done; --steps M with a larger M goes on")
 

@@ -1,14 +1,21 @@
 """The ends of the range: widths, densities and weights so small or large that their squares or sums are not numbers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import DEVICE, backends
 
+import dfn_kernels
 from dfn_kernels import field_sample, flow_attention, flow_norm, gather_plan, gaussian_gather, use_backend
 
 # Kernels that form -1 / (2 sigma^2) do not hold them; docs/numerics.md has the formula that does.
 NOT_YET = pytest.mark.xfail(strict=True, reason="the Triton kernels still form 1 / sigma^2")
 BACKENDS = ["reference", *(pytest.param(b, marks=NOT_YET) if b == "triton" else b for b in backends("gaussian_gather"))]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 WIDTHS = {torch.float32: (1e-300, 1e-39, 1e-30, 1e-20, 3e-4, 1.0, 1e10, 1e20, 1e38, 1e300),
           torch.float64: (5e-324, 1e-300, 1e-160, 1e-20, 1.0, 1e20, 1e160, 1e300)}  # fmt: skip
 
@@ -131,3 +138,39 @@ def test_a_plan_is_refused_where_the_sizes_are_others(backend):
         three = points(torch.float32, 1.0)[0].expand(2, 3, -1, -1)
         with pytest.raises(ValueError, match="gaussian_gather: indices must have shape"):
             gaussian_gather(three, three, plan, 1.0)
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch, dfn_kernels as dk
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, resource.RLIM_INFINITY))
+one = torch.rand(1, 1, 4)
+for call in (
+    lambda: dk.knn(torch.rand(400_000, 3), 256),
+    lambda: dk.pattern_route(torch.rand(1, 8).expand(10**7, 8), torch.rand(1, 2).expand(10**7, 2), torch.rand(2, 64, 8)),
+    lambda: dk.flow_norm(one.expand(1, 10**8, 4), torch.rand(1, 1).expand(1, 10**8)),
+):
+    try:
+        call()
+    except (MemoryError, RuntimeError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif("native" not in BACKENDS or sys.platform != "linux", reason="about the C++, with a limit of Linux")
+def test_missing_memory_is_said_with_its_size_and_without_a_path():
+    out = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=ENVIRONMENT).stdout
+    assert out.splitlines() == [
+        f"out of memory: {size} bytes could not be had" for size in (400_000 * 256 * 8, 10**7 * 64 * 4, 10**8 * 4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["_C_cpu", "_C_cuda"])
+def test_no_path_of_the_build_machine_is_in_a_library(name):
+    path = Path(dfn_kernels.__file__).parent / f"{name}.so"
+    if not path.exists():
+        pytest.skip(f"{name} is not built")
+    raw = path.read_bytes()
+    for where in (Path(__file__).parents[2] / "csrc", Path(torch.__file__).parent / "include"):
+        assert str(where).encode() not in raw
