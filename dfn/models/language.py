@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.losses import wide
 from ..training.progress import shown
 from .decoding import Decoder
 from .layers import DFNBlock, EntityPositions
@@ -106,7 +107,7 @@ class DFNLanguageModel(nn.Module):
         decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
         for end in shown(range(N, N + max_new_tokens), "generating", progress):
             logits = decoder(out[:, end - 1 : end] if end > N else ids)
-            out[:, end] = sample(logits.float(), temperature, top_k, generator)
+            out[:, end] = sample(wide(logits), temperature, top_k, generator)
         return out
 
 

@@ -136,7 +136,7 @@ def _train(
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(options.seed)
     say(f"{type(model).__name__}: {count_parameters(model):,} parameters; {machine()}, {options.dtype}")
-    trainer = _trainer(task, model, options)
+    trainer = _trainer(task, model, options, say)
     history, last = History(), None
     if checkpoint is not None:
         if checkpoint.facts["data"] != task.fingerprint():
@@ -205,11 +205,12 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint, error: type[Exceptio
     model.load_state_dict(have)
 
 
-def _trainer(task: Task, model: nn.Module, options: Options) -> Trainer:
+def _trainer(task: Task, model: nn.Module, options: Options, say: Say) -> Trainer:
     return Trainer(
         model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
         weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit, partial=task.partial,
         autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        cuda_graph="auto" if task.graphable else False, say=say,
     )  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def _threads(task: Task, model: nn.Module, processes: int, say: Say) -> int:
 
     def make() -> Callable[[], float]:
         trial, generator = copy.copy(task), torch.Generator().manual_seed(task.options.seed)
-        trainer = _trainer(trial, copy.deepcopy(model), task.options)
+        trainer = _trainer(trial, copy.deepcopy(model), task.options, _nothing)
         return lambda: trainer.train_step(trial.batch(generator))
 
     threads = fast_threads(make)

@@ -13,7 +13,7 @@ from ..fields.sampler import Entities
 from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.memory import MemoryState
-from ..training.losses import contrastive, field_reconstruction, mean_state_loss
+from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus
 from ..training.trainer import language_model_loss, map_tensors
 from . import bits, digits, joint
@@ -32,6 +32,7 @@ class Task:
     own: tuple[str, ...] | None = None  # options it has a use for, of those that not every kind has (`options.OWN`)
     unit = "nats"  # of the loss, as shown; "bits" shows nats as bits
     partial = True  # the loss may leave out parameters of the model (see `Trainer`)
+    graphable = True  # the loss keeps nothing of its own between steps, so that a CUDA graph can hold the step
 
     progress = False  # bars for what takes long in `figures`
 
@@ -107,6 +108,10 @@ class Text(Task):
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
+    @property
+    def graphable(self) -> bool:
+        return not self.options.memory_size
+
     @functools.cached_property
     def corpus(self) -> Corpus:
         return load_corpus(self.options.data)
@@ -137,7 +142,7 @@ class Text(Task):
         if not (model.training and self.options.memory_size):
             return language_model_loss(model, batch)
         logits, self.memory = model(batch[0], self.memory)
-        return nn.functional.cross_entropy(logits.float().flatten(0, -2), batch[1].flatten())
+        return language_modelling(logits, batch[1])
 
     def figures(self, model):
         held_out = bits.judged(self.corpus.held_out)

@@ -1,8 +1,11 @@
-"""A bar for whatever takes longer than a second."""
+"""Bars: of training, and of whatever else takes longer than a second."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -15,5 +18,48 @@ def shown(items: Iterable[T], what: str, on: bool = True, total: int | None = No
         from tqdm import tqdm
     except ImportError:
         return items
-    interval = 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    return tqdm(items, desc=what, total=total, delay=1.0, leave=False, dynamic_ncols=True, mininterval=interval)
+    return tqdm(items, desc=what, total=total, delay=1.0, leave=False, dynamic_ncols=True, mininterval=_interval())
+
+
+def _interval() -> float:
+    return 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+
+
+class TrainingBar:
+    """A bar over the steps or seconds of a `Trainer`, with the loss, smoothed, tokens per second, and the most memory used so far."""
+
+    def __init__(self, trainer: Any):
+        from tqdm import tqdm
+
+        self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
+        self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
+        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
+        self.bar = tqdm(total=1000, desc="training", mininterval=_interval(), dynamic_ncols=True, bar_format=form)
+
+    def update(self, value: float, rate: float) -> None:
+        t = self.trainer
+        self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
+        parts = [
+            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
+            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
+            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
+            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
+            f"{rate:,.0f} tokens/s",
+            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
+        ]
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        self.bar.update(round(1000 * t.progress) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
