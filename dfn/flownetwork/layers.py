@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfn_kernels import BlockDensity, low_rank_route, pattern_route
+from dfn_kernels._checks import are_sizes
 from dfn_kernels.pattern_route import route as route_some_blocks
 
 from ..training.losses import wide
@@ -33,6 +34,12 @@ class AdaptiveFlowRouter(nn.Module):
         top_k: int | None = None, density: float | None = None, block_density: float | None = None,
     ):  # fmt: skip
         super().__init__()
+        are_sizes("AdaptiveFlowRouter", input_dim=input_dim, output_dim=output_dim, num_patterns=num_patterns)
+        are_sizes("AdaptiveFlowRouter", **({} if rank is None else {"rank": rank}))
+        are_sizes("AdaptiveFlowRouter", most=num_patterns, **({} if top_k is None else {"top_k": top_k}))
+        for name, share in (("density", density), ("block_density", block_density)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"AdaptiveFlowRouter: {name} must be above 0 and at most 1, got {share}")
         if rank is not None and not (top_k is None and density is None and block_density is None):
             raise ValueError("AdaptiveFlowRouter: top_k and density need full-rank patterns, got rank as well")
         if density is not None and block_density is not None:

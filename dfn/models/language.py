@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 from ..training.losses import wide
 from ..training.progress import shown
 from .decoding import Decoder
-from .layers import DFNBlock, EntityPositions
+from .layers import DFNBlock, EntityPositions, check_shape
 from .memory import MemoryState, PersistentFieldMemory
 
 
@@ -39,9 +41,9 @@ class DFNLanguageModel(nn.Module):
     def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 3,
                  k: int = 16, *, memory_size: int = 0, block_options: dict[str, Any] | None = None):  # fmt: skip
         super().__init__()
-        for name, value, least in (("layers", layers, 1), ("memory_size", memory_size, 0)):
-            if value < least:
-                raise ValueError(f"DFNLanguageModel: {name} must be at least {least}, got {value}")
+        are_sizes("DFNLanguageModel", vocab_size=vocab_size, layers=layers)
+        are_sizes("DFNLanguageModel", least=0, memory_size=memory_size)
+        check_shape("DFNLanguageModel", dim, heads, pos_dim, k)
         options = dict(block_options or {})
         self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
                            memory_size=memory_size, block_options=options)  # fmt: skip

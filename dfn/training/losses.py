@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 
 def wide(x: Tensor) -> Tensor:
     """float32 for what is narrower; float64 stays."""
@@ -27,6 +29,7 @@ class MeanStateHead(nn.Module):
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
+        are_sizes("MeanStateHead", dim=dim, classes=classes)
         self.out = nn.Linear(dim, classes)
 
     def forward(self, states: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ def _interval() -> float:
 
 
 class TrainingBar:
-    """A bar over the steps or seconds of a `Trainer`, with the loss, smoothed, tokens per second, and the most memory used so far."""
+    """A bar over the steps or seconds of a `Trainer`: the loss, smoothed, tokens per second, the most memory so far."""
 
     def __init__(self, trainer: Any):
         from tqdm import tqdm
