@@ -72,7 +72,7 @@ class DFNLanguageModel(nn.Module):
     def _written(self, memory: MemoryState | None, states: Tensor, positions: Tensor) -> MemoryState:
         """The memory after a segment: what the last block was given, ``[B, N, d]``, and where it drifted to."""
         H, N, D = positions.shape[1:]
-        memory = self.memory.initial_state(len(states), states.device) if memory is None else memory
+        memory = self.memory.initial_state(states.shape[0], states.device) if memory is None else memory
         written = positions.transpose(1, 2).flatten(2).detach()
         memory = self.memory.write(memory.detach(), written, self.blocks[-1].norm(states).detach())
         back = torch.zeros(H, D, device=states.device)
