@@ -10,15 +10,37 @@ import torch
 T = TypeVar("T")
 
 
-def shown(items: Iterable[T], what: str, on: bool = True, total: int | None = None) -> Iterable[T] | Iterator[T]:
-    """The items; with ``on``, after a second, a bar on the standard error says how many are done."""
-    if not on:
-        return items
+class Quiet:
+    """What a bar of tqdm is used like where there is none."""
+
+    def __init__(self, items: Iterable[Any] = ()):
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def nothing(self, *_: object, **__: object) -> None: ...
+
+    update = set_description = set_postfix = set_postfix_str = nothing
+
+
+def progress_bar(items: Iterable[Any] | None = None, on: bool = True, **options: Any) -> Any:
+    """A bar of tqdm that goes away when it is done; a `Quiet` one if it is not wanted, or tqdm not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return items
-    return tqdm(items, desc=what, total=total, delay=1.0, leave=False, dynamic_ncols=True, mininterval=_interval())
+        on = False
+    return tqdm(items, leave=False, **options) if on else Quiet(() if items is None else items)
+
+
+def shown(items: Iterable[T], what: str, on: bool = True) -> Iterable[T]:
+    """The items; with ``on``, after a second, a bar on the standard error says how many are done."""
+    return progress_bar(items, on, desc=what, delay=1.0, dynamic_ncols=True, mininterval=_interval())
 
 
 def _interval() -> float:
