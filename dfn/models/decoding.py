@@ -10,6 +10,7 @@ from dfn_kernels import StreamingKNN, knn
 from dfn_kernels.reference.gaussian_gather import WIDTHS
 
 from .layers import DFNBlock, DynamicFlowAttention, EntityPositions
+from .linears import dense
 from .memory import MemoryState
 
 ROWS = 1 << 16  # of a prompt that pass through an MLP at a time: its activations are the largest there are
@@ -201,7 +202,7 @@ class Decoder:
         for block, seen in zip(self.model.blocks, self.seen, strict=True):
             a, s = block.attention, block.norm(states)
             real = positions.dtype
-            flow = linear(s.to(real), a.flow.weight.to(real), a.flow.bias.to(real)).view_as(positions)
+            flow = linear(s.to(real), *(x.to(real) for x in dense(a.flow))).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
             value = a.value(s).view(-1, self.seen[0].values.shape[2])
             y = seen.read(positions.flatten(0, 1), (positions + a.offset).flatten(0, 1), value, self.count)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
 
+from .linears import dense
 from .memory import MemoryState
 
 MOST_NEIGHBORS = 1024  # that `knn` finds
@@ -84,7 +85,7 @@ class DFNLayer(nn.Module):
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         context, drift, _ = flow_attention(
-            states, positions, self.flow.weight, self.value(states), self.sigma, self.k,
+            states, positions, dense(self.flow)[0], self.value(states), self.sigma, self.k,
             alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
         )  # fmt: skip
         states = self.mlp(torch.cat([states, context.to(states.dtype)], -1))
@@ -146,8 +147,9 @@ class EntityPositions(nn.Module):
         """``start``, a number or a tensor of one, is the number of the first entity."""
         B, N, _ = states.shape
         with torch.autocast(states.device.type, enabled=False):  # positions keep full precision
-            real = torch.promote_types(self.place.weight.dtype, torch.float32)
-            places = linear(states.to(real), self.place.weight.to(real), self.place.bias.to(real))
+            weight, bias = dense(self.place)
+            real = torch.promote_types(weight.dtype, torch.float32)
+            places = linear(states.to(real), weight.to(real), bias.to(real))
         places = places.view(B, N, self.heads, self.pos_dim).transpose(1, 2)
         time = self.log_scale.to(real).exp()[:, None] * (start + torch.arange(N, device=states.device))
         first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
@@ -189,9 +191,10 @@ class DynamicFlowAttention(nn.Module):
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
+        weight, bias = dense(self.flow)
         context, drift, _ = flow_attention(
-            states, positions, self.flow.weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
-            self.k, flow_bias=self.flow.bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
+            states, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
+            self.k, flow_bias=bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
             influence=influence, causal=self.causal, lengths=lengths, normalize=True, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
@@ -204,7 +207,7 @@ class DynamicFlowAttention(nn.Module):
         """A memory as the extra entities of `flow_attention`."""
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states.to(self.value.weight.dtype))),
+            extra_values=self.split(self.value(memory.states.to(self.alpha.dtype))),
             extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
         )
 
