@@ -110,7 +110,7 @@ Tensor scale_rows_of(const Tensor& rows, const Tensor& weights) {  // [T, E], [T
   STD_TORCH_CHECK(weights.scalar_type() == real_of(g.dtype), "weights: unexpected dtype");
   check_rows(rows, "rows");
   check_rows(weights, "weights");
-  Tensor out = new_empty(rows, {g.T, g.P, g.E});
+  Tensor out = allocate(rows, {g.T, g.P, g.E});
   if (out.numel() == 0) return out;
   g.stream = device.stream();
   g.rows = rows.data_ptr(), g.rows_stride = rows.stride(0);

