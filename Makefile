@@ -22,10 +22,10 @@ $(VENV)/.built: $(VENV)/.deps $(NATIVE)
 	touch $@
 
 demo: env
-	$(BIN)/python -m dfn.demo $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m bench.demo $(if $(TEXT),--text $(TEXT))
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/test_$(op).py)
+INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/kernels/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
@@ -39,14 +39,14 @@ test: env
 
 check: lint test sanitize tsan fuzz wheel
 	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/test_*.py))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "triton" $(filter-out $(INTERPRETED),$(wildcard tests/*/test_*.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -k "triton" $(INTERPRETED)
 	$(MAKE) wheel TORCH=2.10.0
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
 SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn gaussian_gather gather_plan flow_attention pattern_route \
-  quantized_route route_density robustness,tests/test_$(op).py)
+  quantized_route route_density robustness,tests/kernels/test_$(op).py)
 sanitize: env
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
 	  -DDFN_SANITIZE=address,undefined,float-cast-overflow \
@@ -93,7 +93,7 @@ wheel: env
 	cp -r tests build/wheel/tests
 	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -c /dev/null --rootdir . \
 	  -p no:cacheprovider -q -m "not slow" -k "(native or streaming) and not compile and not export" \
-	  $(filter-out tests/test_robustness.py,$(SANITIZED))
+	  $(filter-out tests/kernels/test_robustness.py,$(SANITIZED))
 
 # With every peer that pip has; a missing one costs a row, not the run.
 bench: env
@@ -103,6 +103,7 @@ bench: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 clean:
 	rm -rf build dist *.egg-info dfn_kernels/*.so

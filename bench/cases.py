@@ -1,6 +1,6 @@
 """The cases, named once: inputs, our op, the best that one can compose or install instead, what counts as right.
 
-Tests take their inputs from here too (tests/test_bench.py runs every case at its small size).
+Tests take their inputs from here too (tests/package/test_bench.py runs every case at its small size).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dfn_kernels as dk
 from dfn.flownetwork import FlowLayer
-from dfn.layers import DFNBlock
+from dfn.models.layers import DFNBlock
 
 from . import peers
 

@@ -7,8 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
-from dfn.flow_benchmark import benchmark_flow_network, table
 from dfn.flownetwork import PRESETS
+from dfn.flownetwork.benchmark import benchmark_flow_network, table
 
 from .report import machine
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dfn.data import batches, load_corpus
-from dfn.decoding import Decoder, Scan
 from dfn.demo import MODEL
-from dfn.models import DFNLanguageModel
-from dfn.training import Trainer
+from dfn.models.decoding import Decoder, Scan
+from dfn.models.language import DFNLanguageModel
+from dfn.training.text import batches, load_corpus
+from dfn.training.trainer import Trainer
 
 from .report import machine
 

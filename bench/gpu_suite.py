@@ -69,11 +69,13 @@ def all_parts(out: Path) -> list[Part]:
     for kind in ("memcheck", "racecheck", "initcheck"):
         absent = None if sanitizer else "compute-sanitizer is not installed"
         parts.append(Part(kind, own("sanitize", str(sanitizer), kind), 240, missing=absent))
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
         if path.stem not in NOT_ON_GPU:
             command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short",
                        "--maxfail=40", "-rfE", str(path))  # fmt: skip
-            parts.append(Part(f"tests/{path.name}", command, 240, skip_codes=(SKIPPED, 5)))  # 5: nothing to run
+            parts.append(
+                Part(f"tests/{path.parent.name}/{path.name}", command, 240, skip_codes=(SKIPPED, 5))
+            )  # 5: nothing to run
     absent = None if counters else "ncu is not installed"
     return parts + [
         Part("train", own("train"), 80, alone=True),

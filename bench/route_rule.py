@@ -1,4 +1,4 @@
-"""python -m bench.route_rule [--out FILE]: the rule of dfn_kernels/route_cuda.py against the clock. Needs a GPU.
+"""python -m bench.route_rule [--out FILE]: the rule of dfn_kernels/cuda/pattern_route.py against the clock, on a GPU.
 
 For every size and dtype, forward and backward (without the gradient of the patterns, always PyTorch's): the time of our
 CUDA kernel, of PyTorch's products, of the Triton kernel, of one bare cuBLAS product of the same work, and whether
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfn_kernels import _backends, route_cuda
+from dfn_kernels import _backends
+from dfn_kernels.cuda import pattern_route as launcher
 
 from .timing import time_ms
 
@@ -39,8 +40,8 @@ def ways(backward: bool, x, grad, weights, patterns) -> dict:
     """The same result in every way but the last, which is one product of as many multiply-adds."""
     left, other = (grad, x) if backward else (x, None)
     routes = {
-        "kernel": lambda: route_cuda._kernel(left, weights, patterns, None, other, None, False),
-        "products": lambda: route_cuda._products(left, weights, patterns, None, other, False),
+        "kernel": lambda: launcher._kernel(left, weights, patterns, None, other, None, False),
+        "products": lambda: launcher._products(left, weights, patterns, None, other, False),
     }
     if _backends.missing("pattern_route", "triton", left.device.type) is None:
         from dfn_kernels.triton import pattern_route as ours
@@ -68,7 +69,7 @@ def measure(size: tuple[int, ...], dtype: torch.dtype, backward: bool, device: s
         if not (results[name] - want).norm() <= allowed:
             ms[name] = None
     capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    choice = "products" if route_cuda.by_products(T, K, N, dtype, capability) else "kernel"
+    choice = "products" if launcher.by_products(T, K, N, dtype, capability) else "kernel"
     best = min((name for name in ("kernel", "products") if ms.get(name)), key=ms.get)
     return dict(
         T=T, P=P, K=K, N=N, dtype=str(dtype)[6:], backward=backward, ms=ms, choice=choice, best=best,

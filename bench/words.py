@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from dfn.data import load_corpus
 from dfn.flownetwork import FlowNetwork, train_flow_network
-from dfn.words import WordTokenizer, unigram_entropy
+from dfn.flownetwork.words import WordTokenizer, unigram_entropy
+from dfn.training.text import load_corpus
 
 from .report import machine
 

@@ -1,8 +1,16 @@
 """Dynamic Flow Networks and FlowNetwork: thin models on the ops of `dfn_kernels`."""
 
-from .layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
-from .memory import MemoryState, PersistentFieldMemory
-from .models import DFNLanguageModel
+from .models import (
+    DFNBlock,
+    DFNLanguageModel,
+    DFNLayer,
+    DynamicFlowAttention,
+    EntityPositions,
+    FlowMixer,
+    FlowNorm,
+    MemoryState,
+    PersistentFieldMemory,
+)
 
 __all__ = [
     "DFNBlock",

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import torch
 
-from . import ablation, runs
-from .options import Options, UsageError
-from .runs import Run
-from .tasks import KINDS
+from . import runs
+from .pictures.ablation import ablation as ablation_picture
+from .pictures.runs import draw
+from .runs import KINDS, Options, Run, UsageError
+from .studies import ablation
+from .studies.memory_task import run_memory
+from .studies.photographs import table
+from .studies.recall import MODELS, run_recall
 
 JUDGED = (*KINDS, "photographs", "recall", "memory")
 
@@ -188,15 +192,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def photographs(given: dict, _) -> list[dict]:
-    from .photographs import table
-
     only(given)
     return table()
 
 
 def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
-    from .recall import MODELS, run_recall
-
     only(given, "steps", "batch", "dim", "layers", "lr")
     found = [run_recall(m, p, range(arguments.seeds), **given) for p in arguments.pairs for m in MODELS]
     shown = ("model", "parameters", "pairs", "seed", "steps", "accuracy", "steps_to_99", "seconds")
@@ -204,8 +204,6 @@ def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
 
 
 def memory(given: dict, _) -> dict:
-    from .memory_task import run_memory
-
     return run_memory(**only(given, "steps", "seed"))
 
 
@@ -222,12 +220,11 @@ def only(given: dict, *names: str) -> dict:
 
 def ablate(arguments: argparse.Namespace) -> None:
     print(ablation.run(arguments.out, arguments.seeds, given_options(arguments), arguments.tasks))
+    ablation_picture(ablation.load(arguments.out), arguments.out / "ablation.png")
 
 
 def plot(arguments: argparse.Namespace) -> None:
-    from . import run_pictures
-
-    for path in run_pictures.draw(arguments.run, warn):
+    for path in draw(arguments.run, warn):
         print(path)
 
 

@@ -6,16 +6,19 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import data, pictures
-from .evaluation import CONTEXT, STRIDE, continue_prompt, held_out_bits, table_of_bits, text_baselines
-from .layers import count_parameters
-from .models import DFNLanguageModel
-from .training import History, NonFiniteLoss, Trainer
+from .models.language import DFNLanguageModel
+from .models.layers import count_parameters
+from .pictures.drift import drift
+from .pictures.training import loss_curve
+from .runs.bits import CONTEXT, STRIDE, continue_prompt, held_out_bits, table_of_bits, text_baselines
+from .training.text import batches, load_corpus
+from .training.trainer import History, NonFiniteLoss, Trainer
 
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
@@ -23,7 +26,8 @@ LENGTH, BATCH = 128, 16
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None = None) -> int:
+    """Runs the demo: 0, or 1 for a failure. ``kernel_table`` makes what the report says of the kernels, in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m dfn.demo", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--text", help="file or folder of text (default: the sources of the Python standard library)")
     parser.add_argument(
@@ -31,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long to train (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-table", action="store_true", help="leave out the kernel table")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     threads = torch.get_num_threads()
     try:
-        run(arguments.text, arguments.out, arguments.minutes, arguments.seed, table=not arguments.no_table)
+        run(arguments.text, arguments.out, arguments.minutes, arguments.seed, kernel_table)
     except (ValueError, OSError, NonFiniteLoss) as error:
         print(f"dfn.demo: {error}", file=sys.stderr)
         return 1
@@ -50,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = True) -> dict:
+def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Callable[[], str] | None = None) -> dict:
     """The whole demo; returns the figures of the report."""
     out.mkdir(parents=True, exist_ok=True)
-    corpus = data.load_corpus(text)
+    corpus = load_corpus(text)
     print(corpus.summary())
     length = min(LENGTH, len(corpus.train) - 1)
     autocast = fast_dtype()
@@ -68,7 +71,7 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
     )
 
     trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
-    stream = data.batches(corpus.train, BATCH, length, torch.Generator().manual_seed(seed))
+    stream = batches(corpus.train, BATCH, length, torch.Generator().manual_seed(seed))
     starts = torch.linspace(0, max(0, len(corpus.held_out) - 2048), GLANCES).long().unique()
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
     history = trainer.fit(stream, evaluate=lambda: held_out_bits(model, glance, autocast))
@@ -83,13 +86,13 @@ def run(text: str | None, out: Path, minutes: float, seed: int, table: bool = Tr
         f"and how the model goes on\n{rule}\n{continuation}\n{rule}"
     )
 
-    pictures.loss_curve(history, figures, out / "loss_curve.png")
-    pictures.drift(model, corpus.held_out[:4096], out / "drift.png")
+    loss_curve(history, figures, out / "loss_curve.png")
+    drift(model, corpus.held_out[:4096], out / "drift.png")
     facts = (out, corpus, model, history, figures, prompt, continuation, minutes, ran_on)
     report(*facts, kernels=None)
     torch.set_num_threads(threads)  # the kernels get what the machine has
-    kernels = kernel_table() if table else None
-    if kernels:
+    if kernel_table:
+        kernels = kernel_table()
         print("\n" + kernels)
         (out / "kernels.md").write_text(kernels, encoding="utf-8")
         report(*facts, kernels=kernels)
@@ -121,7 +124,7 @@ def fast_dtype() -> torch.dtype | None:
 def fast_threads(model: DFNLanguageModel, text: Tensor, length: int, autocast: torch.dtype | None) -> int:
     """The number of threads that takes the least time for a step: fewer than there are on a large or a busy machine."""
     most = torch.get_num_threads()
-    batch = next(data.batches(text, BATCH, length, torch.Generator().manual_seed(0)))
+    batch = next(batches(text, BATCH, length, torch.Generator().manual_seed(0)))
     times = {}
     for threads in sorted({n for n in (1, 2, 4, 8, 16) if n < most} | {most}):
         torch.set_num_threads(threads)
@@ -132,15 +135,6 @@ def fast_threads(model: DFNLanguageModel, text: Tensor, length: int, autocast: t
             trainer.train_step(batch)
         times[threads] = time.perf_counter() - began
     return min(times, key=times.get)
-
-
-def kernel_table() -> str | None:
-    """The table of `bench`, which lies beside the packages in the repository, or None without it."""
-    try:
-        from bench import quick_table
-    except ImportError:
-        return None
-    return quick_table()
 
 
 def report(out, corpus, model, history: History, figures, prompt, continuation, minutes, ran_on, kernels) -> None:

@@ -121,9 +121,9 @@ def _launcher(backend: str, x: Tensor):
         return pattern_route
     if x.device.type == "cpu":
         return torch.ops.dfn_cpu
-    from . import route_cuda
+    from .cuda import pattern_route as cuda
 
-    return route_cuda
+    return cuda
 
 
 BLOCK = (128, 64)

@@ -1,5 +1,5 @@
 // dfn_cuda::route_tokens: from torch's tensors to the kernels of pattern_route. The formula: pattern_route.h. What is
-// done here and what by PyTorch's own products: dfn_kernels/route_cuda.py. Compiled, but not yet run on a GPU.
+// done here and what by PyTorch's own products: dfn_kernels/cuda/pattern_route.py. Compiled, but not yet run on a GPU.
 #include "cuda/pattern_route.h"
 
 #include <optional>

@@ -1,5 +1,5 @@
 // Pattern routing for float32 and float64: the plainest tiled kernel, without tensor cores. For problems so small that
-// PyTorch's products, one per pattern, would mostly wait for their launches: dfn_kernels/route_cuda.py decides.
+// PyTorch's products, one per pattern, would mostly wait for their launches: dfn_kernels/cuda/pattern_route.py decides.
 // What is computed: pattern_route.h. Compiled, run in the tests' emulator, not yet run on a GPU.
 #include "cuda/launch.h"
 #include "cuda/pattern_route.h"

@@ -2,7 +2,7 @@
 // Compiled for sm_90a, checked in an emulator (tests/test_cuda_emulated_sm90.py), never run on a GPU.
 //
 // What to run first on one: is it right, and how fast beside cuBLAS's prescaled GEMM (rows "native", "prescaled GEMM")?
-//   DFN_TEST_DEVICE=cuda python -m pytest tests/test_pattern_route.py
+//   DFN_TEST_DEVICE=cuda python -m pytest tests/kernels/test_pattern_route.py
 //   python -m bench --only pattern_route --dtype bfloat16
 #include <algorithm>
 #include <limits>

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of Triton kernels, without a GPU: does it compile, does it fit, does it spill?
 
 One file per op lists what the package ships: `cases()` yields a Case for every kernel, dtype and configuration.
-tests/test_aot.py compiles them all.
+tests/kernels/test_aot.py compiles them all.
 """
 
 import re

@@ -1,4 +1,4 @@
-// The Hopper kernels of pattern_route in the emulator, for tests/test_cuda_emulated_sm90.py.
+// The Hopper kernels of pattern_route in the emulator, for tests/kernels/test_cuda_emulated_sm90.py.
 #include "cuda/pattern_route.h"
 
 extern "C" {

@@ -48,7 +48,7 @@ struct Search {
   T* out_dists;          // [ids][k]
 };
 
-// Memory of one worker, see Workspace in knn_engine.cpp.
+// Memory of one worker, see Workspace in engine.cpp.
 struct Scratch {
   void* best;            // [2][K][8] keys
   void* pending;         // [2][max(K, 8) + 8][8] distances

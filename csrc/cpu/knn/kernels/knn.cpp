@@ -1,0 +1,1 @@
+#include "cpu/knn/kernels/kernels.inl"

@@ -1,1 +1,0 @@
-#include "cpu/knn/kernels.inl"

@@ -1,0 +1,25 @@
+"""The models of Dynamic Flow Networks: parameters and calls of the ops of `dfn_kernels`."""
+
+from .decoding import Decoder
+from .field_models import DFNClassifier, DFNFieldModel
+from .language import ABLATIONS, DFNLanguageModel, ablated, sample
+from .layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
+from .memory import MemoryState, PersistentFieldMemory
+
+__all__ = [
+    "ABLATIONS",
+    "DFNBlock",
+    "DFNClassifier",
+    "DFNFieldModel",
+    "DFNLanguageModel",
+    "DFNLayer",
+    "Decoder",
+    "DynamicFlowAttention",
+    "EntityPositions",
+    "FlowMixer",
+    "FlowNorm",
+    "MemoryState",
+    "PersistentFieldMemory",
+    "ablated",
+    "sample",
+]

@@ -1,0 +1,1 @@
+"""What a person looks at: training curves, entities that drift, fields, runs, ablations."""

@@ -1,0 +1,65 @@
+"""Everything that decides what a run ends with: the flags of `dfn train`, and the keys of its TOML file."""
+
+from dataclasses import dataclass, field, fields
+
+from ..models.language import ABLATIONS
+
+# What `dfn train KIND` knows, by name. Subclasses of `dfn.runs.Task`, which hold their defaults, register here.
+KINDS: dict[str, type] = {}
+
+
+class UsageError(ValueError):
+    """An option that cannot be: bad usage, not a failed run."""
+
+
+def option(default, help: str, least: float | None = None, choices: tuple[str, ...] = ()):
+    return field(default=default, metadata=dict(help=help, least=least, choices=choices))
+
+
+@dataclass(frozen=True)
+class Options:
+    """One field for each flag; its metadata say what it means and what it may be."""
+
+    kind: str
+    data: str | None = option(None, "file or folder to learn from (default: what this machine has)")
+    field: str = option("image", "what contrastive and masked runs look at", choices=("image", "sound", "text"))
+    seed: int = option(0, "of the weights and of the data's order")
+    steps: int = option(1000, "length of the run", 1)
+    batch: int = option(16, "rows in a step, over all processes", 1)
+    accumulate: int = option(1, "parts that a batch is worked through in, to save memory", 1)
+    length: int = option(128, "bytes in a row (text)", 1)
+    entities: int = option(48, "entities sampled from a field", 1)
+    size: int = option(32, "side of a crop: pixels, steps of a spectrogram, four bytes of text", 3)
+    dim: int = option(64, "size of a state", 1)
+    layers: int = option(2, "blocks", 1)
+    heads: int = option(4, "heads in a block", 1)
+    pos_dim: int = option(2, "dimension of a position", 1)
+    k: int = option(8, "neighbours that a head reads from", 1)
+    memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
+    without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
+    lr: float = option(6e-3, "largest step length of AdamW", 0)
+    warmup: int = option(50, "steps over which it rises", 0)
+    weight_decay: float = option(0.01, "of the matrices", 0)
+    clip: float = option(1.0, "largest norm of the gradient", 0)
+    dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
+    threads: int = option(0, "threads of the CPU (0: as many as PyTorch takes)", 0)
+
+    @classmethod
+    def of(cls, kind: str, **given) -> "Options":
+        """The kind's defaults and what is given. Raises UsageError for what is out of range."""
+        if kind not in KINDS:
+            raise UsageError(f"KIND must be one of {', '.join(KINDS)}, got {kind}")
+        options = cls(kind, **{**KINDS[kind].defaults, **given})
+        for f in fields(cls)[1:]:
+            value, least, choices = getattr(options, f.name), f.metadata["least"], f.metadata["choices"]
+            if least is not None and not least <= value < float("inf"):
+                raise UsageError(f"{f.name} must be at least {least}, got {value}")
+            if choices and value not in choices:
+                raise UsageError(f"{f.name} must be one of {', '.join(filter(None, choices))}, got {value}")
+        if options.memory_size and options.accumulate > 1:
+            raise UsageError(f"accumulate must be 1 with a memory, got {options.accumulate}")
+        return options
+
+    def block(self) -> dict:
+        """The arguments that all models share."""
+        return {name: getattr(self, name) for name in ("dim", "layers", "heads", "pos_dim", "k")}

@@ -1,0 +1,1 @@
+"""Questions with an answer: recall, memory, what each part is worth, photographs."""

@@ -1,0 +1,1 @@
+"""Launchers around the CUDA C++ kernels of csrc/cuda, and what PyTorch's own products do beside them."""

@@ -1,0 +1,177 @@
+"""The command: flags and TOML, exit codes, one clear line for what is wrong; every subcommand on a tiny budget."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import INTERPRETED
+
+from dfn import cli, runs
+from dfn.runs.options import Options
+from dfn.studies import ablation
+from dfn.training import checkpoints
+
+pytest.importorskip("safetensors")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(INTERPRETED, reason="not about Triton kernels"),
+]
+TINY = ["--dim", "16", "--layers", "1", "--k", "4", "--batch", "2", "--length", "16", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
+    return str(path)
+
+
+def dfn(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def failed(capsys, code, *arguments):
+    """The one line that is said."""
+    try:
+        found = dfn(*arguments)
+    except SystemExit as error:  # argparse
+        found = error.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert found == code and said and not any("Traceback" in line for line in said), (found, said)
+    return said[-1]
+
+
+def test_a_run_from_training_to_pictures(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert dfn("train", "text", "--data", text, "--out", out, "--steps", 6, "--checkpoint-every", 2, *TINY) == 0
+    said = capsys.readouterr()
+    for word in ("DFNLanguageModel", "float32", "model", "gzip", "bigram"):
+        assert word in said.out
+    for word in ("step 6 of 6", "bits", "tokens/s", "MiB"):  # the bar
+        assert word in said.err
+    assert [p.name for p in checkpoints.found(out)] == ["step-00000004.safetensors", "step-00000006.safetensors"]
+
+    assert dfn("generate", out, "--prompt", "the ", "--tokens", 9, "--temperature", 0) == 0
+    assert capsys.readouterr().out.startswith("the ")
+    assert dfn("eval", "text", "--run", out, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((out / "figures.json").read_text())["figures"] and figures["model"] > 0
+    assert dfn("plot", out) == 0
+    assert {p.name for p in out.glob("*.png")} == {"loss_curve.png", "drift.png"}
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in out.glob("*.png"))
+
+    last = checkpoints.found(out)[-1]
+    last.write_bytes(last.read_bytes()[:500])
+    assert dfn("generate", out, "--tokens", 1) == 0
+    said = capsys.readouterr().err
+    assert "step-00000006.safetensors is damaged" in said and "last good checkpoint is" in said
+
+
+def test_toml_and_flags(text, tmp_path, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text(f'kind = "text"\ndata = "{text}"\nsteps = 3\nlr = 1e-3\ncheckpoint-every = 2\nquiet = true\n')
+    out = tmp_path / "run"
+    assert dfn("train", "--config", config, "--out", out, "--steps", 2, *TINY) == 0
+    options = runs.Run.load(out).options
+    assert options == Options.of(
+        "text", data=text, steps=2, lr=1e-3, dim=16, layers=1, k=4, batch=2, length=16, threads=1
+    )
+    for line, message in (
+        ("stps = 3", "unknown key 'stps'; known are kind, out, resume, "),
+        ("steps = true", "steps cannot be True"),
+        ("quiet = 1", "quiet cannot be 1"),
+        ("steps = [1]", r"steps cannot be [1]"),
+        ("steps = ", "is not TOML"),
+    ):
+        config.write_text(line + "\n")
+        assert message in failed(capsys, 2, "train", "text", "--config", config), line
+    config.write_text('steps = "many"\n')
+    assert "argument --steps: invalid int value: 'many'" in failed(capsys, 2, "train", "text", "--config", config)
+    assert "cannot be read" in failed(capsys, 2, "train", "text", "--config", tmp_path / "nothing.toml")
+
+
+def test_bad_usage_is_2_and_failure_is_1(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "COMMAND" in failed(capsys, 2)
+    assert "invalid choice: 'tain'" in failed(capsys, 2, "tain")
+    assert "KIND must be one of text, contrastive, masked, digits, joint, got txt" in failed(capsys, 2, "train", "txt")
+    assert "KIND must be one of" in failed(capsys, 2, "train")
+    assert "steps must be at least 1, got 0" in failed(capsys, 2, "train", "text", "--steps", 0)
+    assert "invalid choice: 'film'" in failed(capsys, 2, "train", "masked", "--field", "film")
+    assert "--steps has no meaning here" in failed(capsys, 2, "eval", "photographs", "--steps", 3)
+    assert "no such file or folder" in failed(capsys, 1, "train", "text", "--data", tmp_path / "no", "--out", out)
+    assert "no WAV files in" in failed(capsys, 1, "train", "masked", "--field", "sound", "--data", text, "--out", out)
+    assert "holds no checkpoint" in failed(capsys, 1, "generate", tmp_path)
+    assert dfn("train", "joint", "--out", out, "--steps", 1, "--entities", 5, "--quiet", *TINY) == 0
+    assert "holds a run; --resume goes on with it" in failed(capsys, 2, "train", "joint", "--out", out)
+    assert "only text generates" in failed(capsys, 2, "generate", out)
+    assert "is a run with kind joint" in failed(capsys, 2, "eval", "text", "--run", out)
+    for path in checkpoints.found(out):
+        path.write_bytes(b"")
+    assert "none of the 1 checkpoints" in failed(capsys, 1, "train", "joint", "--out", out, "--resume")
+
+
+def test_nan_is_a_failure(text, tmp_path, capsys):
+    said = failed(
+        capsys, 1, "train", "text", "--data", text, "--out", tmp_path, "--steps", 50, "--lr", 1e30, "--warmup", 0,
+        "--checkpoint-every", 1, "--quiet", *TINY,
+    )  # fmt: skip
+    assert "is not finite in step" in said and "first seen in" in said and "last good checkpoint is" in said
+
+
+def test_ablation(text, tmp_path, capsys, monkeypatch):
+    """Three steps and two seeds; a second call trains nothing and makes the same table."""
+    arguments = ["ablate", "--out", tmp_path, "--data", text, "--steps", 3, "--seeds", 2, "--memory-size", 4, *TINY]
+    assert dfn(*arguments) == 0
+    said = capsys.readouterr().out
+    table = (tmp_path / "ablation.md").read_text()
+    assert table in said and {p.name for p in tmp_path.iterdir()} == {f"ablation.{e}" for e in ("md", "json", "png")}
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == list(ablation.LINES.values())
+    assert all("±" in row[1] for row in rows[2:])
+    found = ablation.load(tmp_path)
+    values = [ablation.column(found, "text", line) for line in ablation.LINES]
+    assert all(set(by_seed) == {0, 1} for by_seed in values)
+    assert len({x for by_seed in values for x in by_seed.values()}) == 12  # every run is another one
+    monkeypatch.setattr(ablation, "CELLS", {})
+    assert dfn(*arguments) == 0 and (tmp_path / "ablation.md").read_text() == table
+    assert "holds an ablation with other options" in failed(capsys, 2, *arguments, "--lr", 1e-3)
+    assert dfn("plot", tmp_path) == 0
+
+
+def test_commands_in_the_docs_are_understood(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line)
+        words = words[words.index("dfn.cli" if "dfn.cli" in words else "dfn") + 1 :]
+        cli.build_parser().parse_args(words)  # exits where it does not understand
+    (tmp_path / "run.toml").write_text(*re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    parser, words = cli.build_parser(), ["train", "--config", str(tmp_path / "run.toml")]
+    found = parser.parse_args(cli.with_config(parser, words))
+    assert (found.kind, found.steps, found.memory_size) == ("text", 200, 256)
+
+
+def test_spread():
+    assert ablation.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert ablation.spread([1.0], 1) == "1.0" and ablation.spread([], 1) == "-"
+
+
+@pytest.mark.slow
+def test_digits_held_out(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    assert dfn("eval", "digits", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] >= 0.95
+
+
+def test_a_stopped_ablation_shows_what_every_line_has():
+    cells = {f"text/{line}/{seed}": 2.0 + seed for line in ablation.LINES for seed in (0, 1)}
+    cells |= {"text//2": 9.0, "segments//0": 50.0}  # the next seed, and the next task, have just begun
+    options = dict(layers=1, dim=8, heads=4, k=4, memory_size=4, length=8, steps=3)
+    found = dict(cells=cells, options=options, tokens=10, corpus="a text", machine="a machine", flags=" --seeds 3")
+    table = ablation.table(found)
+    assert "text, bits per byte, 2 seeds" in table and "| full model | 2.500 ± 0.707 |" in table
+    assert "9.0" not in table and "segments" not in table
