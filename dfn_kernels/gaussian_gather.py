@@ -9,7 +9,7 @@ from ._transforms import OpFunction, call
 from .gather_plan import GatherPlan, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
-_backends.register("gaussian_gather")
+_backends.register("gaussian_gather", cuda=True)
 OP = "gaussian_gather"
 WANTED = {"positions": 1, "queries": 2, "values": 4, "sigma": 8, "influence": 16}  # gradients that are asked for
 
@@ -80,7 +80,7 @@ def _op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> Tensor:  # [B, H, M, c]
-    return _launcher(backend).gaussian_gather(
+    return _launcher(backend, values).gaussian_gather(
         *_dense(positions, queries, values, indices, sigma, influence),
         *_dense_or_none(sq_dists, query_order),
         normalize,
@@ -105,7 +105,7 @@ def _backward_op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
-    return _launcher(backend, backward=True).gaussian_gather_backward(
+    return _launcher(backend, values, backward=True).gaussian_gather_backward(
         _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
         *_dense_or_none(sq_dists, query_order, entity_order, starts, edges), normalize, wanted,
     )  # fmt: skip
@@ -134,13 +134,17 @@ def _(grad, positions, queries, values, indices, sigma, influence, normalize, wa
     )
 
 
-# ---- backends: both have the same two functions ---------------------------------------------------------------------
-def _launcher(backend: str, backward: bool = False):
+# ---- backends: all have the same two functions ----------------------------------------------------------------------
+def _launcher(backend: str, like: Tensor, backward: bool = False):
     if backend == "triton":
         from .triton import gaussian_gather, gaussian_gather_backward
 
         return gaussian_gather_backward if backward else gaussian_gather
-    return torch.ops.dfn_cpu
+    if like.device.type == "cpu":
+        return torch.ops.dfn_cpu
+    from .cuda import gaussian_gather as cuda
+
+    return cuda
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -226,9 +230,10 @@ def gather_heads(
     if backend == "reference":
         return reference(positions, queries, values, plan.indices, sigma, influence, normalize).to(out_dtype)
     reuse = plan[1:5] if plan.backend == backend else (None,) * 4
-    # Once, for the forward and the backward pass; on a GPU only beside a search, which costs more than the sort.
+    # Once, for the forward and the backward pass. Triton's is a sort: only beside a search, which costs more than that.
     if reuse[0] is None and (backend == "native" or sq_dists is not None):
-        reuse = spatial_order(queries, plan.indices, c * values.itemsize, backend), None, None, None
+        order = spatial_order(queries, plan.indices, c * values.itemsize, backend)
+        reuse = order, order if own else None, None, None
     if sq_dists is not None:
         sq_dists = sq_dists.detach() if sq_dists.dtype == real else None
     indices = plan.indices[:, :1] if shared_heads(plan.indices) else plan.indices

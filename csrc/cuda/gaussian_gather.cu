@@ -105,13 +105,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_op(
 
   if (wanted & 2) g.grad_queries = grad_queries.data_ptr();
   if (wanted & 8) g.grad_sigma_rows = grad_sigma.data_ptr();
-  Tensor slopes = new_empty(positions, {by_entity ? g.B : 0, g.H, g.M, g.k, 2});
-  if (by_entity) g.slopes = slopes.data_ptr();
+  // Chunks of neighbours leave <gradient, value> in `slopes` on their way.
+  const bool keeps_slopes = by_entity || g.k > kMostSlots;
+  Tensor slopes = new_empty(positions, {keeps_slopes ? g.B : 0, g.H, g.M, g.k, 2});
+  if (keeps_slopes) g.slopes = slopes.data_ptr();
   const Rows gradient = g.grad;
-  // Chunks of neighbours leave <gradient, value> in `slopes` on their way; with neither those nor an entity there is none.
-  if (!by_entity && g.k > 32) slopes = new_empty(positions, {g.B, g.H, g.M, g.k, 2}), g.slopes = slopes.data_ptr();
-  if ((wanted & ~4) == 0) g.grad = {};
-  if (wanted & (1 | 2 | 4 | 8 | 16)) backward_queries(g);
+  if ((wanted & ~4) == 0) g.grad = {};  // weights are enough
+  if (wanted) backward_queries(g);
   if (!by_entity) return result();
 
   STD_TORCH_CHECK(starts && edges, "starts, edges: expected, for gradients of entities");

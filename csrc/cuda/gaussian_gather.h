@@ -10,6 +10,8 @@
 
 namespace dfn::gather {
 
+constexpr int kMostSlots = 32;  // neighbours of a query that are served at a time
+
 // What the backward pass by entity needs of an edge, as the pass by query leaves it. With u the weight before influence:
 // the weight is u times the entity's influence w, the derivative of the loss by the exponent is w * slope, that by w is slope.
 template <class A>

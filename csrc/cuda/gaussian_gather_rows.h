@@ -14,8 +14,7 @@
 namespace dfn::gather {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kWarps = 8;      // of a block
-constexpr int kMostSlots = 32;  // neighbours of a query in shared memory at a time
+constexpr int kWarps = 8;  // of a block
 
 template <class V>
 struct RealOf {
