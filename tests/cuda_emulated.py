@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
@@ -35,16 +36,22 @@ class Problem(ctypes.Structure):
 def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
     """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
-    command = [
-        shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
-        "-shared", f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
-        *map(str, sources),
-    ]  # fmt: skip
+    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{EMULATOR}", f"-I{CSRC}"]
     if operators:
-        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include"),
-                    f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run([shutil.which("g++"), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compile_one(source: Path) -> str:
+        made = folder / f"{source.stem}{source.suffix}.o"
+        run(*flags, "-c", "-o", str(made), "-x", "c++", str(source))
+        return str(made)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [EMULATOR / f"{driver}.cpp", *sources]))
+    run("-shared", "-o", str(library), *objects, *([f"-L{torch_folder / 'lib'}", "-ltorch_cpu"] if operators else []))
     return library
 
 

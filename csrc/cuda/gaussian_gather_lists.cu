@@ -303,7 +303,7 @@ void make_lists_of(const Lists& g) {
   if (things > 0) launch(op, count_kernel<Index, Target>, grid(blocks(things, kThreads), 0), g);
   launch(op, tiles_kernel<Index>, grid(scan_tiles(g), sums), g);
   launch(op, starts_kernel<Index>, grid(scan_tiles(g), sums), g);
-  if (things == 0) return;
+  if (things * places == 0) return;
   launch(op, fill_kernel<Index, Target>, grid(blocks(things, kThreads), 0), g);
   launch(op, sort_kernel<Index>, grid(blocks(places, kThreads / kSortLanes), 0), g);
   if (g.things <= kLong) return;
