@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env demo test check sanitize tsan fuzz wheel bench lint clean
+.PHONY: env demo test check sanitize tsan fuzz wheel hub bench lint clean
 
 env: $(VENV)/.built
 
@@ -94,6 +94,15 @@ wheel: env
 	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -c /dev/null --rootdir . \
 	  -p no:cacheprovider -q -m "not slow" -k "(native or streaming) and not compile and not export" \
 	  $(filter-out tests/kernels/test_robustness.py,$(SANITIZED))
+
+# The layout of the Hugging Face kernel hub in build/hub, loaded from there by its own library: the variant that suits
+# this machine, then the one without libraries.
+hub: env
+	$(BIN)/python hub.py build/hub
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target build/hub/site kernels
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py .
+	mkdir -p build/hub/universal/build && cp -r build/hub/build/torch-universal build/hub/universal/build
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py universal
 
 # With every peer that pip has; a missing one costs a row, not the run.
 bench: env
