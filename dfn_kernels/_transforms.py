@@ -24,10 +24,15 @@ class OpFunction(torch.autograd.Function):
                 "use_backend('reference')"
             )
 
-        # The op's own fallback maps, sample by sample.
+        # Sample by sample, each through the Function: transforms around this one see it.
         def vmap(info, in_dims, *args):
-            out = torch.vmap(op, in_dims, randomness=info.randomness)(*args)
-            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+            samples = [
+                cls.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+                for i in range(info.batch_size)
+            ]
+            if isinstance(samples[0], tuple):
+                return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
+            return torch.stack(samples), 0
 
         cls.forward = staticmethod(lambda *args: op(*args))
         cls.jvp = staticmethod(jvp)

@@ -33,8 +33,13 @@ class Problem(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
-    """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
+def compile_library(
+    folder: Path, driver: str, sources: list[Path], operators: bool = False, objects: tuple[str, ...] = ()
+) -> Path:
+    """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`.
+
+    Each becomes an object, "<name>.o", beside it; `objects` are some that exist.
+    """
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{EMULATOR}", f"-I{CSRC}"]
     if operators:
@@ -45,12 +50,12 @@ def compile_library(folder: Path, driver: str, sources: list[Path], operators: b
         assert done.returncode == 0, done.stderr
 
     def compile_one(source: Path) -> str:
-        made = folder / f"{source.stem}{source.suffix}.o"
+        made = folder / f"{source.name}.o"
         run(*flags, "-c", "-o", str(made), "-x", "c++", str(source))
         return str(made)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [EMULATOR / f"{driver}.cpp", *sources]))
+        objects = (*objects, *pool.map(compile_one, [EMULATOR / f"{driver}.cpp", *sources]))
     run("-shared", "-o", str(library), *objects, *([f"-L{torch_folder / 'lib'}", "-ltorch_cpu"] if operators else []))
     return library
 

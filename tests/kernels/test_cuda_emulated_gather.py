@@ -4,6 +4,7 @@ It shows that every lane loads, adds and stores what it should, within its memor
 show that a GPU does the same, nor how fast.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import cuda_emulated_gather
 import pytest
 import test_gaussian_gather as plain
 import torch
-from cuda_emulated import Emulator, compile_library
+from cuda_emulated import CSRC, Emulator, compile_library
 from cuda_emulated_gather import MUTATION_CASES, MUTATION_LISTS, SOURCES, compare, compare_lists, emulated, gather, make
 from helpers import DEVICE, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
 
 import dfn_kernels
 
+HEADER = CSRC / "cuda" / "gaussian_gather_rows.h"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CSRC.parent), str(CSRC.parent / "tests")])}
 pytestmark = [
     pytest.mark.skipif(
         INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
@@ -31,7 +34,9 @@ pytestmark = [
 def emulator(tmp_path_factory):
     library = compile_library(tmp_path_factory.mktemp("emulated"), "gaussian_gather", SOURCES, operators=True)
     torch.ops.load_library(str(library))
-    return Emulator(library)
+    emulator = Emulator(library)
+    emulator.folder = library.parent
+    return emulator
 
 
 # ---- outputs and all gradients against float64 ----------------------------------------------------------------------
@@ -216,7 +221,7 @@ SWAPS = {
     "total of half the lanes": ("if (alone) total = sum_over(sum, width);", "if (alone) total = sum_over(sum, width / 2);"),
     "total of one chunk": ("      sum += weigh(t.slots, true);\n    }", "      sum = weigh(t.slots, true);\n    }"),
     "no influence": ("weight = gauss * influence_of(edge.row);", "weight = gauss;"),
-    "distances contracted": ("sum = plus_square(sum, at[a] - p[a]);", "sum = plus_square(sum, at[a] - p[0]);"),
+    "an axis of distances": ("sum = plus_square(sum, at[a] - p[a]);", "sum = plus_square(sum, at[a] - p[0]);"),
     "rows of missing neighbours": ("if (!Checked || edge.row >= 0)", "if (true)"),
     "weights of the next": ("acc[i] += weights[u] * f[i];", "acc[i] += weights[(u + 1) % U] * f[i];"),
     "a batch of four left out": ("if (n + 4 <= there) add_rows", "if (n + 4 < there) n += 4; else if (n + 4 <= there) add_rows"),
@@ -242,7 +247,7 @@ SWAPS = {
     "a piece left out": ("for (int64_t next = first / 2 + 1; next * g.hub < end; ++next)", "for (int64_t next = first / 2 + 1; (next + 1) * g.hub < end; ++next)"),
     "hubs without influence": ("narrow(sum * influence, ", "narrow(sum, "),
     "least of the groups": ("most = other > most ? other : most, least = few < least ? few : least;", "most = other > most ? other : most;"),
-    "gradient of position of a lane": ("if (c0 == 0 && moves) {", "if (moves) {"),
+    "moves by every chunk of channels": ("if (moves && c0 == 0) {", "if (moves) {"),
     "places of another list": ("list * g.places + target : -1", "target : -1"),
     "scan of a warp": ("if (lane >= step) sum += other;", "sum += other;"),
     "scan without a barrier": ("  __syncthreads();\n  if (lane == 31) warps[warp] = sum;\n  __syncthreads();", "  if (lane == 31) warps[warp] = sum;"),
@@ -251,5 +256,39 @@ SWAPS = {
     "longest": ("starts[all + 1] = longest;", "starts[all + 1] = total;"),
     "digits out of order": ("same &= set ? votes : ~votes;", "same &= votes;"),
     "a pass too few": ("passes += 2;", "break;"),
-    "long lists twice": ("if (count > kLong) return;", ""),
 }  # fmt: skip  # noqa: E501
+
+
+def outcome(folder, objects, change=lambda text: text) -> subprocess.CompletedProcess:
+    """The cases of cuda_emulated_gather on sources with a change; what stays as it is has been compiled."""
+    (folder / "cuda").mkdir()  # a quoted include is looked for beside the including file first
+    header = change(HEADER.read_text())
+    (folder / "cuda" / HEADER.name).write_text(header)
+    anew, ready = [], []
+    for source in SOURCES:
+        text = source.read_text()
+        if change(text) != text or (header != HEADER.read_text() and HEADER.name in text):
+            (folder / source.name).write_text(change(text))
+            anew.append(folder / source.name)
+        else:
+            ready.append(str(objects / f"{source.name}.o"))
+    library = compile_library(folder, "gaussian_gather", anew, operators=True, objects=tuple(ready))
+    command = [sys.executable, cuda_emulated_gather.__file__, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+
+
+@pytest.mark.slow
+def test_unchanged_kernels_pass_what_the_errors_must_not(emulator, tmp_path):
+    done = outcome(tmp_path, emulator.folder)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", SWAPS)
+def test_deliberate_errors_show(emulator, error, tmp_path):
+    old, new = SWAPS[error]
+    found = sum(path.read_text().count(old) for path in (HEADER, *SOURCES))
+    assert found == 1, f"{error}: what is to be replaced is there {found} times"
+    done = outcome(tmp_path, emulator.folder, lambda text: text.replace(old, new))
+    assert done.returncode != 0, "nothing noticed"
+    print(done.stderr.strip().splitlines()[-1])
