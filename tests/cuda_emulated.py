@@ -41,7 +41,16 @@ def compile_library(
     Each becomes an object, "<name>.o", beside it; `objects` are some that exist.
     """
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{EMULATOR}", f"-I{CSRC}"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-fPIC",
+        f"-I{EMULATOR}",
+        f"-I{CSRC}",
+    ]
     if operators:
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
 

@@ -1,4 +1,4 @@
-"""Runs csrc/cuda's gather on the CPU: the operators, compiled by g++ against tests/cuda_emulator, below the public op."""
+"""csrc/cuda's gather on the CPU: its operators, compiled by g++ against tests/cuda_emulator, below the public op."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ OPS = [importlib.import_module(f"dfn_kernels.{name}") for name in ("gaussian_gat
 
 
 class Guarded:
-    """The launcher; what its kernels are given ends at pages that cannot be accessed, with NaN between rows of values."""
+    """The launcher; what it is given ends at pages that cannot be accessed, with NaN between rows of values."""
 
     def __init__(self, emulator: Emulator, gap: int = 0, align: int = 16, hub: int = launcher.HUB, **reset):
         self.emulator, self.gap, self.align, self.hub = emulator, gap, align, hub
@@ -75,6 +75,8 @@ def make(B=2, H=3, N=17, M=11, D=2, c=37, k=5, *, dtype=torch.float32, influence
         "normalize": normalize,
     }
     inputs["indices"][..., :crowd] = torch.arange(crowd) * 2 + 1
+    if missing and inputs["indices"].numel() > 4:  # what does not exist counts as padding; 32 bits of it would exist
+        inputs["indices"].view(-1)[-4:] = torch.tensor([N, 2**40 + 1, -(2**40) + 1, -2])
     if influence:
         inputs["influence"] = torch.randn(B, H, N, dtype=real)
         if normalize:  # a sum of weights near 0 would be nobody's fault

@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(const __grid_constant_
     sums[threadIdx.x] = sum, sums[kThreads + threadIdx.x] = squares, sums[2 * kThreads + threadIdx.x] = count;
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (threadIdx.x < half)
+      if (static_cast<int>(threadIdx.x) < half)
         for (int i = 0; i < 3; ++i) sums[i * kThreads + threadIdx.x] += sums[i * kThreads + threadIdx.x + half];
       __syncthreads();
     }
@@ -308,7 +308,7 @@ void make_lists_of(const Lists& g) {
   launch(op, sort_kernel<Index>, grid(blocks(places, kThreads / kSortLanes), 0), g);
   if (g.things <= kLong) return;
   int passes = 1;
-  while (g.things - 1 >> (passes * kDigitBits)) passes += 2;
+  while ((g.things - 1) >> (passes * kDigitBits)) passes += 2;
   const int64_t cuts = blocks(things, kLong), most = 2 * multiprocessors();
   launch(op, long_lists_kernel<Index>, Grid{cuts < most ? cuts : most, kLongThreads, sizeof(LongMemory), g.stream}, g, passes);
 }

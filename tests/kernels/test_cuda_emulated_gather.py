@@ -14,7 +14,7 @@ import pytest
 import test_gaussian_gather as plain
 import torch
 from cuda_emulated import CSRC, Emulator, compile_library
-from cuda_emulated_gather import MUTATION_CASES, MUTATION_LISTS, SOURCES, compare, compare_lists, emulated, gather, make
+from cuda_emulated_gather import SOURCES, compare, compare_lists, emulated, gather, make
 from helpers import DEVICE, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
 
 import dfn_kernels
@@ -75,7 +75,12 @@ def test_many_queries(emulator):
 @pytest.mark.parametrize("crowd", [1, 3])
 def test_hubs(emulator, crowd):
     """Lists that begin and end within pieces, and others that are as long as one, between short ones."""
-    for hub, M, dtype in ((8, 53, torch.float64), (53, 53, torch.float64), (52, 53, torch.float32), (20, 61, torch.bfloat16)):
+    for hub, M, dtype in (
+        (8, 53, torch.float64),
+        (53, 53, torch.float64),
+        (52, 53, torch.float32),
+        (20, 61, torch.bfloat16),
+    ):
         compare(emulator, B=2, H=2, N=11, M=M, c=24, k=crowd + 1, crowd=crowd, hub=hub, dtype=dtype, plan=hub == 8)
     compare(emulator, B=1, H=1, N=11, M=53, c=5, k=4, D=5, crowd=crowd, hub=16)
 
@@ -109,7 +114,9 @@ def test_known_distances(emulator):
     near = dfn_kernels.knn(points, 5)
     results = []
     for known in (None, near.sq_dists):
-        inputs = leaves(dict(points=points, values=torch.linspace(-3, 3, 2 * 61 * 24).view(2, 1, 61, 24), sigma=torch.ones(1)))
+        inputs = leaves(
+            dict(points=points, values=torch.linspace(-3, 3, 2 * 61 * 24).view(2, 1, 61, 24), sigma=torch.ones(1))
+        )
         with emulated(emulator):
             out = torch.ops.dfn.gaussian_gather(inputs["points"], inputs["points"], inputs["values"], near.indices,
                                                 inputs["sigma"], None, True, "native", known)  # fmt: skip
@@ -130,7 +137,9 @@ def test_wild_indices_are_padding(emulator):
         with emulated(emulator):
             out = gather(**mine)
             out.square().sum().backward()
-        results.append([out.detach(), *(x.grad for x in mine.values() if isinstance(x, torch.Tensor) and x.requires_grad)])
+        results.append(
+            [out.detach(), *(x.grad for x in mine.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+        )
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -142,7 +151,9 @@ def test_same_bits_in_any_order(emulator):
             with emulated(emulator, order=order, hub=16):
                 out = gather(**mine)
                 out.square().sum().backward()
-            results.append([out.detach(), *(x.grad for x in mine.values() if isinstance(x, torch.Tensor) and x.requires_grad)])
+            results.append(
+                [out.detach(), *(x.grad for x in mine.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+            )
         for other in results[1:]:
             assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -212,6 +223,7 @@ def test_operators_check_what_they_are_given(emulator):
         backward(grad.double(), p, q, v, i, s, *nothing[:3], None, starts, edges, False, 31, 8)
 
 
+# ruff: noqa: E501
 # ---- deliberate errors ----------------------------------------------------------------------------------------------
 SWAPS = {
     "a lane's neighbours": ("const int n = n0 + s;", "const int n = n0 + s / 2 * 2;"),
@@ -256,7 +268,7 @@ SWAPS = {
     "longest": ("starts[all + 1] = longest;", "starts[all + 1] = total;"),
     "digits out of order": ("same &= set ? votes : ~votes;", "same &= votes;"),
     "a pass too few": ("passes += 2;", "break;"),
-}  # fmt: skip  # noqa: E501
+}  # fmt: skip
 
 
 def outcome(folder, objects, change=lambda text: text) -> subprocess.CompletedProcess:
