@@ -7,7 +7,7 @@ namespace {
 
 // Chunked: a query has more neighbours than there are slots, so weights are made where they are used.
 template <class V, int E, bool Chunked>
-__global__ void __launch_bounds__(32 * kWarps, Chunked ? 2 : 4)
+__global__ void __launch_bounds__(32 * kWarps, Chunked ? 2 : E == 4 ? 3 : 4)
     forward_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -260,7 +260,9 @@ struct Query {
     if (alone) set_top(largest);
     const A sum = weigh(t.slots, with_influence);
     if (alone) total = sum_over(sum, width);
-    return __ballot_sync(kAll, all) == kAll;  // meets the warp: what it wrote can be read
+    const bool complete = __ballot_sync(kAll, all) == kAll;
+    __syncwarp();  // a vote orders no memory
+    return complete;
   }
 
   __device__ A factor() const { return !g.normalize ? A(1) : total != 0 ? 1 / total : A(0); }

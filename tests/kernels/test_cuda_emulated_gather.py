@@ -191,12 +191,43 @@ def test_plan_is_used(emulator, monkeypatch):
     inputs = make(N=61, queries=False, c=40)
     with emulated(emulator):
         check_against_reference(gather, inputs, "native")
-        emulator.reset()
+
+
+def started(emulator: Emulator, run) -> tuple[int, list[str]]:
+    """Kernels, and what PyTorch does on tensors beside them: allocations and views are no work."""
+    before = emulator.lib.emulator_launches()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    events = [e for e in profile.events() if e.name.startswith("aten::")]
+    inner = ("aten::sum", "aten::full", "aten::zero_", "aten::copy_")  # what starts one thing by several names
+    outer = [e.name.removeprefix("aten::") for e in events if not (e.cpu_parent and e.cpu_parent.name in inner)]
+    allocations = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+    views = {"as_strided", "transpose", "view", "expand", "unsqueeze", "select", "slice", "detach", "alias", "t"}
+    maybe = {"to", "contiguous", "reshape"}  # what they copy, they copy by other names
+    return emulator.lib.emulator_launches() - before, [x for x in outer if x not in allocations | views | maybe]
+
+
+@pytest.mark.parametrize("N, sigma, influence", [(61, 0.7, False), (61, torch.tensor(0.7), True), (311, 0.7, False)])
+def test_launches(emulator, N, sigma, influence):
+    """DESIGN.md, What a call may cost beside its kernels: 2 forward, 5 backward, with a plan's lists."""
+    inputs = {**make(N=N, queries=False, c=40, influence=influence), "sigma": sigma}
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else memory is filled
+    emulator.reset()
+    with emulated(emulator, guard=False):
         plan = dfn_kernels.gather_plan(inputs["indices"], inputs["positions"])
-        made = emulator.lib.emulator_launches()
         mine = leaves({**inputs, "indices": plan})
-        dfn_kernels.gaussian_gather(**mine).sum().backward()
-        assert made > 0 and emulator.lib.emulator_launches() - made == 3  # forward, by query, by entity: no hubs
+        wanted = [x for x in mine.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        made = []
+        kernels, calls = started(emulator, lambda: made.append(dfn_kernels.gaussian_gather(**mine)))
+        assert kernels == 1 and kernels + len(calls) <= 2, calls
+        grad = torch.randn_like(made[0])
+        kernels, calls = started(emulator, lambda: torch.autograd.grad(made, wanted, grad))
+        hubs = N * 5 > 1024  # where there may be some
+        assert kernels == 2 + hubs and kernels + len(calls) <= 5, calls
+        assert ("sum" in calls) == isinstance(sigma, torch.Tensor)
+        kernels, calls = started(emulator, lambda: dfn_kernels.gather_plan(inputs["indices"], inputs["positions"]))
+        assert kernels + len(calls) <= 16, calls
+    emulator.check()
 
 
 def test_operators_check_what_they_are_given(emulator):
@@ -238,7 +269,7 @@ SWAPS = {
     "weights of the next": ("acc[i] += weights[u] * f[i];", "acc[i] += weights[(u + 1) % U] * f[i];"),
     "a batch of four left out": ("if (n + 4 <= there) add_rows", "if (n + 4 < there) n += 4; else if (n + 4 <= there) add_rows"),
     "the rest left out": ("for (; n < count; n += 4) add_rows", "for (; n + 4 <= count; n += 4) add_rows"),
-    "no barrier": ("return __ballot_sync(kAll, all) == kAll;  // meets", "return all;  // meets"),
+    "no barrier": ("const bool complete = __ballot_sync(kAll, all) == kAll;\n    __syncwarp();", "const bool complete = all;"),
     "a chunk twice": ("all = query.stage(t, chunk, true);", "all = query.stage(t, 0, true);"),
     "factor of another query": ("const A factor = factors[served];", "const A factor = factors[0];"),
     "channels not live": ("if (m >= 0 && live) Unit", "if (m >= 0) Unit"),
