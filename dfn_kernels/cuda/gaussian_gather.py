@@ -6,6 +6,8 @@ A list is what heads that share their neighbours share: indices come as [B, H, M
 import torch
 from torch import Tensor
 
+from .. import _native
+
 HUB = 1024  # edges: the gradient of an entity that more point to is summed in pieces
 BY_ENTITY = 1 | 4 | 16  # gradients that walk the transposed lists: positions, values, influence
 
@@ -19,7 +21,7 @@ def gaussian_gather(
     positions: Tensor, queries: Tensor, values: Tensor, indices: Tensor, sigma: Tensor, influence: Tensor | None,
     sq_dists: Tensor | None, query_order: Tensor | None, normalize: bool,
 ) -> Tensor:  # fmt: skip
-    return torch.ops.dfn_cuda.gaussian_gather(
+    return _native.cuda.gaussian_gather(
         positions, queries, _near_rows(values), indices, sigma, influence, sq_dists, query_order, normalize
     )
 
@@ -30,8 +32,8 @@ def gaussian_gather_backward(
     starts: Tensor | None, edges: Tensor | None, normalize: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if starts is None and wanted & BY_ENTITY:
-        starts, edges = torch.ops.dfn_cuda.gather_lists(indices, positions.shape[2])
-    return torch.ops.dfn_cuda.gaussian_gather_backward(
+        starts, edges = _native.cuda.gather_lists(indices, positions.shape[2])
+    return _native.cuda.gaussian_gather_backward(
         _near_rows(grad), positions, queries, _near_rows(values), indices, sigma, influence, sq_dists,
         query_order, entity_order, starts, edges, normalize, wanted, HUB,
     )  # fmt: skip
@@ -44,7 +46,7 @@ def spatial_order(points: Tensor) -> Tensor:
         return torch.arange(n, dtype=torch.int32, device=points.device).expand(B, H, n).contiguous()
     if B * H * n >= 2**31:
         return torch.cat([spatial_order(x[None, None]) for x in points.flatten(0, 1)]).view(B, H, n)
-    return torch.ops.dfn_cuda.gather_order(points)
+    return _native.cuda.gather_order(points)
 
 
 def lists_shape(B: int, H: int, N: int, M: int, k: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -57,4 +59,4 @@ def transpose_neighbors(indices: Tensor, query_order: Tensor, entity_order: Tens
 
     starts[list * N + n] is where those of entity n begin, the length of the longest list comes last.
     """
-    return torch.ops.dfn_cuda.gather_lists(indices, entity_order.shape[2])
+    return _native.cuda.gather_lists(indices, entity_order.shape[2])
