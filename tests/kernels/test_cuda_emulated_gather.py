@@ -272,7 +272,7 @@ SWAPS = {
     "no barrier": ("const bool complete = __ballot_sync(kAll, all) == kAll;\n    __syncwarp();", "const bool complete = all;"),
     "a chunk twice": ("all = query.stage(t, chunk, true);", "all = query.stage(t, 0, true);"),
     "factor of another query": ("const A factor = factors[served];", "const A factor = factors[0];"),
-    "channels not live": ("if (m >= 0 && live) Unit", "if (m >= 0) Unit"),
+    "channels not live": ("channel = live ? c0 + l * E : 0;  // lanes", "channel = c0 + l * E;  // lanes"),
     "sums halved wrongly": ("const A kept = upper ? sums[i + have / 2] : sums[i];", "const A kept = sums[i];"),
     "dots at another place": ("const int first = l * U / lanes;", "const int first = l % U;"),
     "dots of one channel chunk": ("along + served * t.stride, c0 > 0, grad", "along + served * t.stride, false, grad"),
@@ -289,7 +289,6 @@ SWAPS = {
     "head of a hub": ("base + (end < to ? end : to), begin >= from}", "base + (end < to ? end : to), begin > from}"),
     "a piece left out": ("for (int64_t next = first / 2 + 1; next * g.hub < end; ++next)", "for (int64_t next = first / 2 + 1; (next + 1) * g.hub < end; ++next)"),
     "hubs without influence": ("narrow(sum * influence, ", "narrow(sum, "),
-    "least of the groups": ("most = other > most ? other : most, least = few < least ? few : least;", "most = other > most ? other : most;"),
     "moves by every chunk of channels": ("if (moves && c0 == 0) {", "if (moves) {"),
     "places of another list": ("list * g.places + target : -1", "target : -1"),
     "scan of a warp": ("if (lane >= step) sum += other;", "sum += other;"),
@@ -334,4 +333,5 @@ def test_deliberate_errors_show(emulator, error, tmp_path):
     assert found == 1, f"{error}: what is to be replaced is there {found} times"
     done = outcome(tmp_path, emulator.folder, lambda text: text.replace(old, new))
     assert done.returncode != 0, "nothing noticed"
+    assert done.returncode < 0 or "AssertionError" in done.stderr, done.stderr
     print(done.stderr.strip().splitlines()[-1])
