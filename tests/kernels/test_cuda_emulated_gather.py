@@ -283,8 +283,6 @@ SWAPS = {
     "many dimensions, one chunk": ("out[a] = chunk > 0 ? out[a] + sum : sum;", "out[a] = sum;"),
     "sigma's sign": ("grad_sigma * -2 / sigma", "grad_sigma * 2 / sigma"),
     "query of an edge": ("static_cast<uint32_t>(number) / static_cast<uint32_t>(g.k)", "static_cast<uint32_t>(number) % static_cast<uint32_t>(g.M)"),
-    "hubs twice": ("if (run.end - run.begin > g.hub) run = {};", ""),
-    "a hub's own first piece": ("(piece % 2 && begin <= from)", "(piece % 2 && begin < from)"),
     "end of a piece": ("base + (end < to ? end : to)", "base + to"),
     "head of a hub": ("base + (end < to ? end : to), begin >= from}", "base + (end < to ? end : to), begin > from}"),
     "a piece left out": ("for (int64_t next = first / 2 + 1; next * g.hub < end; ++next)", "for (int64_t next = first / 2 + 1; (next + 1) * g.hub < end; ++next)"),
