@@ -60,7 +60,7 @@ def _(indices, query_order, entity_order, backend):
 
         shape, number = lists_shape(B, H, N, M, k)
         return indices.new_empty(shape, dtype=number), indices.new_empty(indices.shape, dtype=number)
-    narrow = backend == "native" and M * k < 2**32
+    narrow = M * k < (2**32 if backend == "native" else 2**30)
     return (
         indices.new_empty(B, H, N + 1),
         indices.new_empty(indices.shape, dtype=torch.int32 if narrow else torch.int64),
