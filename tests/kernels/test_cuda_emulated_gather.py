@@ -4,23 +4,20 @@ It shows that every lane loads, adds and stores what it should, within its memor
 show that a GPU does the same, nor how fast.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 
 import cuda_emulated_gather
 import pytest
 import test_gaussian_gather as plain
 import torch
-from cuda_emulated import CSRC, Emulator, compile_library
+from cuda_emulated import CSRC, Emulator, compile_library, run_alone
 from cuda_emulated_gather import SOURCES, compare, compare_lists, emulated, gather, make
 from helpers import DEVICE, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
 
 import dfn_kernels
 
 HEADER = CSRC / "cuda" / "gaussian_gather_rows.h"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CSRC.parent), str(CSRC.parent / "tests")])}
 pytestmark = [
     pytest.mark.skipif(
         INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
@@ -313,8 +310,7 @@ def outcome(folder, objects, change=lambda text: text) -> subprocess.CompletedPr
         else:
             ready.append(str(objects / f"{source.name}.o"))
     library = compile_library(folder, "gaussian_gather", anew, operators=True, objects=tuple(ready))
-    command = [sys.executable, cuda_emulated_gather.__file__, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return run_alone(cuda_emulated_gather.__file__, library)
 
 
 @pytest.mark.slow
