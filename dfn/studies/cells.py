@@ -23,7 +23,7 @@ from ..pictures.studies import draw_study
 from ..runs import run as runs
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Task
-from ..training.checkpoints import write_whole
+from ..training.checkpoints import locked, write_whole
 from ..training.trainer import NonFiniteLoss
 
 EVERY = 200  # steps between checkpoints within a cell
@@ -101,7 +101,8 @@ class Study:
     def reported(self, table: Callable[[dict], str]) -> Iterator[None]:
         """Within it cells are made; at its end, or where it is stopped, what there is becomes a table and a picture."""
         try:
-            yield
+            with locked(self.folder):
+                yield
         except KeyboardInterrupt:
             self._report(table)
             said = f"stopped; {self.folder} keeps {len(self.cells)} cells, and the same command goes on"
