@@ -351,6 +351,9 @@ def _restore(checkpoint: Checkpoint, trainer: Trainer, task: Task, generator: to
         i, name = key.split(".")
         state.setdefault(int(i), {})[name] = x
     groups = trainer.optimizer.state_dict()["param_groups"]
+    params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    if any("exp_avg" in x and x["exp_avg"].shape != params[i].shape for i, x in state.items()):
+        raise CheckpointError(f"{checkpoint.path} is of an older version; --init begins a new run with its weights")
     trainer.load_state_dict({
         "model": checkpoint.part("model"), "optimizer": {"state": state, "param_groups": groups},
         "step": checkpoint.facts["step"], "elapsed": checkpoint.facts["elapsed"],
