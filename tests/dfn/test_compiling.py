@@ -1,9 +1,11 @@
 """One program for every length and every eps, export with a dynamic length, and models built on the meta device."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import DEVICE, INTERPRETED, same_bits
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from dfn.flownetwork import FlowNetwork
 from dfn.models import (
@@ -23,22 +25,38 @@ DIM = 24
 LENGTHS = [3, 5, 7, 11, 13, 17, 2, 19, 23, 29, 1, 31]  # some equal other sizes here, and 1 is special to the compiler
 
 
-def compilations(function, calls, backend="eager") -> int:
-    """How many programs it took to serve the `calls`; each gives what it gives uncompiled."""
+def compilations(calls, backend="eager") -> int:
+    """How many programs it took to serve the `calls`, (function, *arguments); each gives what it gives uncompiled.
+
+    aot_eager makes constants of more numbers than eager does, as every backend after it.
+    """
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(function, backend=counter, dynamic=True, fullgraph=True)
-    for arguments in calls:
+    counters["stats"].clear()
+    for function, *arguments in calls:
+        compiled = torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
-    return counter.frame_count
+    return counters["stats"]["unique_graphs"]
 
 
 def test_memory_of_any_length():
     memory = PersistentFieldMemory(5, 3, 2, merge_radius=0.5)
     state = memory.write(memory.initial_state(2), torch.randn(2, 9, 2), torch.randn(2, 9, 3))
-    calls = [(torch.randn(2, n, 2), torch.randn(2, n, 3)) for n in LENGTHS]
-    assert compilations(lambda p, s: memory.write(state, p, s), calls, "aot_eager") <= 3
-    assert compilations(lambda p, s: memory.read(state, p, 1.0, 3), calls) <= 3
+    write, read = partial(memory.write, state), partial(memory.read, state, sigma=1.0, k=3)
+    assert compilations([(write, torch.randn(2, n, 2), torch.randn(2, n, 3)) for n in LENGTHS], "aot_eager") in (1, 2, 3)
+    assert compilations([(read, torch.randn(2, n, 2)) for n in LENGTHS]) in (1, 2, 3)
+
+
+def test_memory_of_any_decay_and_radius():
+    class Writer(torch.nn.Module):
+        def __init__(self, step):
+            super().__init__()
+            self.memory = PersistentFieldMemory(5, 3, 2, decay=1 - step / 40, merge_radius=step / 20)
+
+        def forward(self, positions, states):
+            return self.memory.write(self.memory.initial_state(2), positions, states)
+
+    calls = [(Writer(step), torch.randn(2, 9, 2), torch.randn(2, 9, 3)) for step in range(12)]
+    assert compilations(calls, "aot_eager") in (1, 2, 3)
 
 
 def test_memory_follows_long_chains_when_compiled():
@@ -49,45 +67,34 @@ def test_memory_follows_long_chains_when_compiled():
     assert all(map(same_bits, write(chain), memory.write(memory.initial_state(1), chain, chain)))
 
 
+def of_any_eps(states, energy, eps, mode):
+    return flow_norm(states, energy.square(), eps, mode).sin()
+
+
+def differentiated(function, states, energy, eps):
+    inputs = states.clone().requires_grad_(), energy.clone().requires_grad_()
+    return torch.autograd.grad(function(*inputs, eps, "causal").sum(), inputs)
+
+
 @pytest.mark.parametrize("mode", ["mean", "causal", "entity"])
 def test_flow_norm_of_any_eps(mode):
-    def loss(states, energy, eps):
-        (grad,) = torch.autograd.grad(flow_norm(states, energy.square(), eps, mode).sin().sum(), energy)
-        return grad
-
-    def layer(states, energy, eps):
-        return flow_norm(states, energy.square(), eps, mode).sin()
-
-    calls = [(torch.randn(2, n, 4), torch.rand(2, n), 1.1**i - 0.9) for i, n in enumerate(LENGTHS)]
-    assert compilations(layer, calls, "aot_eager") <= 3
+    calls = [(of_any_eps, torch.randn(2, n, 4), torch.rand(2, n), 1.1**i - 0.9, mode) for i, n in enumerate(LENGTHS)]
+    assert compilations(calls, "aot_eager") in (1, 2, 3)
 
 
 def test_flow_norms_gradients_with_any_eps():
-    def layer(states, energy, eps):
-        return flow_norm(states, energy.square(), eps, "causal").sin()
-
-    def gradients(function, *arguments):
-        states, energy, eps = arguments
-        inputs = states.clone().requires_grad_(), energy.clone().requires_grad_()
-        return torch.autograd.grad(function(*inputs, eps).sum(), inputs)
-
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, dynamic=True, fullgraph=True)
+    counters["stats"].clear()
+    compiled = torch.compile(of_any_eps, backend="aot_eager", dynamic=True, fullgraph=True)
     for i, n in enumerate((7, 5, 9)):
         arguments = torch.randn(2, n, 4), torch.rand(2, n), 0.5 * 1.3**i
-        torch.testing.assert_close(gradients(compiled, *arguments), gradients(layer, *arguments))
-    assert counter.frame_count == 1
+        torch.testing.assert_close(differentiated(compiled, *arguments), differentiated(of_any_eps, *arguments))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_flow_norm_modules_share_a_program():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    for i in range(12):
-        module, x, e = FlowNorm(0.1 * i + 0.01), torch.randn(2, 5, 4), torch.rand(2, 5)
-        got = torch.compile(module, backend=counter, dynamic=True, fullgraph=True)(x, e)
-        torch.testing.assert_close(got, module(x, e))
-    assert counter.frame_count <= 3
+    calls = [(FlowNorm(0.1 * i + 0.01), torch.randn(2, 5, 4), torch.rand(2, 5)) for i in range(12)]
+    assert compilations(calls, "aot_eager") in (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +106,7 @@ def language():
 
 def test_language_model_of_any_length(language):
     model, memory = language
-    assert compilations(model, [(torch.randint(31, (2, n)), memory) for n in LENGTHS]) <= 3
+    assert compilations([(model, torch.randint(31, (2, n)), memory) for n in LENGTHS]) in (1, 2, 3)
 
 
 def test_export_with_a_dynamic_length(language):

@@ -18,6 +18,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 DIM = 24
+# 8 bits move the result of a layer by about a percent: weights, even between -m and m, are rounded in steps of m / 127,
+# activations in steps of 8 / 255 of their deviation. No path through the models here has ten layers.
+INT8 = 0.1
 
 
 class LoRA(nn.Module):
@@ -120,7 +123,7 @@ def test_every_linear_layer_is_called(kind, change):
         for n, p in other.get_submodule(name).named_parameters()
         if p.requires_grad
     }
-    for step in range(2):  # what was computed before a step of training counts no more after it
+    for _ in range(2):  # what was computed before a step of training counts no more after it
         other.zero_grad()
         plain = twin(model, other)
         got, want = first(other(*inputs)), first(plain(*inputs))
@@ -202,11 +205,6 @@ def decoding_error(model):
 def test_decoder():
     assert decoding_error(adapted(DFNLanguageModel(31, DIM, 2, k=4))) < 1e-5
     assert decoding_error(quantize_dynamic(DFNLanguageModel(31, DIM, 2, k=4))) < INT8
-
-
-# Rounding to 8 bits moves the result of a layer by about a percent: weights, even between -m and m, by m / 127 in steps,
-# activations by 8 / 255 of their deviation. No path through these models has ten layers.
-INT8 = 0.1
 
 
 def check_int8(quantised):
