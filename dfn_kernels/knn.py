@@ -250,9 +250,8 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
 class KNNIndex:
     """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
 
-    Arguments and results are those of `knn`. The positions are sorted once, here. On the CPU the first causal query
-    sorts prefixes, too, for all that follow; on a GPU causal queries, and those for more than 64 neighbours, sort
-    again. The positions must not be changed in place while the index is in use.
+    Arguments and results are those of `knn`. The positions are sorted once, here, for any k; the first causal query
+    sorts prefixes, too, for all that follow. The positions must not be changed in place while the index is in use.
     """
 
     def __init__(self, positions: Tensor, lengths: Tensor | None = None):
