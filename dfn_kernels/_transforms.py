@@ -37,6 +37,9 @@ def per_head(value: float, H: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
     Kept for the next call, which saves a launch; one that is made while a CUDA graph is captured belongs to that graph.
     """
+    limit = torch.finfo(dtype).max
+    if limit < abs(value) < float("inf"):  # a number of Python's can be larger than float32 holds
+        value = limit if value > 0 else -limit
     if not _is_plain((like,)):
         return torch.full((H,), value, dtype=dtype, device=like.device)
     key = value, H, dtype, like.device

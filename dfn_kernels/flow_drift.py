@@ -1,5 +1,6 @@
 """Drift of entities along their flow. Read from top to bottom: check, schema, fake, backends, autograd, public."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -224,7 +225,7 @@ def flow_drift(
     heads = weight.ndim == 3
     shared = heads and positions.ndim == states.ndim
     H, D = weight.shape[0] if heads else 1, weight.shape[-2]
-    B = lead.numel()
+    B = math.prod(lead)
     positions = positions.to(real)
     if shared or not heads:
         positions = positions.reshape(B, 1, N, D)

@@ -103,6 +103,18 @@ def spatial_order(points: Tensor, indices: Tensor, row_bytes: int, backend: str)
     return call(_order_op, _OrderFunction, points.detach(), backend)
 
 
+def fits(op: str, plan: GatherPlan, entities: int) -> None:
+    """A plan that was made for other sizes would be found out in the backward pass only."""
+    if plan.starts is None:
+        return
+    made_for, (M, k) = plan.starts.shape[-1] - 1, plan.edges.shape[-2:]
+    if made_for != entities:
+        raise ValueError(f"{op}: plan was made for N = {made_for} entities, got {entities}")
+    if plan.indices.shape[-2:] != plan.edges.shape[-2:]:
+        want = f"[.., M, k] = [.., {M}, {k}]"
+        raise ValueError(f"{op}: plan was made for indices of shape {want}, got {list(plan.indices.shape)}")
+
+
 # ---- public ---------------------------------------------------------------------------------------------------------
 def gather_plan(indices: Tensor, positions: Tensor, query_positions: Tensor | None = None) -> GatherPlan:
     """Prepares neighbours that several calls of `gaussian_gather` will use: layers, values, or steps.

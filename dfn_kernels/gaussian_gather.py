@@ -6,7 +6,7 @@ from torch import Tensor
 from . import _backends, _native
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call, per_head
-from .gather_plan import GatherPlan, shared_heads, spatial_order
+from .gather_plan import GatherPlan, fits, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather", cuda=True)
@@ -348,6 +348,7 @@ def gaussian_gather(
     plan = indices if isinstance(indices, GatherPlan) else GatherPlan(indices)
     are_flags(OP, normalize=normalize)
     _check(positions, values, plan.indices, sigma, influence, query_positions)
+    fits(OP, plan, values.shape[-2])
     lead = values.ndim - 2
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype != torch.float64:

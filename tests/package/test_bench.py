@@ -106,3 +106,17 @@ def test_scaling(tmp_path):
     assert all([n for n, _ in row["points"]] == [4096, 8192] for row in rows)
     scaling.plot(rows, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_a_result_that_is_none_is_said_in_one_line(tmp_path, capsys):
+    from bench.__main__ import main
+
+    (tmp_path / "x.json").write_text("{}")
+    for path, message in (
+        (tmp_path / "missing.json", "cannot be read: No such file"),
+        (tmp_path / "x.json", "is no result"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["compare", str(path), str(path)])
+        said = capsys.readouterr().err.strip().splitlines()
+        assert error.value.code == 2 and message in said[-1] and "Traceback" not in "".join(said)
