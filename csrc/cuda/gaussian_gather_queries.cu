@@ -151,8 +151,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
         for (int a = 0; a < kFewDims; ++a)
           if (a < g.D) grad_query[a] += moved * (query.at[a] - p[a]);
       }
-      // A weight that vanishes has no share, however far the neighbour is.
-      if (g.grad_sigma_rows && moved != 0) grad_sigma += moved * (query.scale * query.sq_dist(n, row));
+      if (g.grad_sigma_rows) grad_sigma += moved * query.exponent(query.sq_dist(n, row));
     }
     if (g.grad_queries && g.D > kFewDims) {  // a lane for each dimension
       __syncwarp();
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
             const int row = edges[served * t.stride + s].row;
             if (row >= 0) sum += along[served * t.stride + s] * (q[a] - as<const A>(g.positions)[(group * g.N + row) * g.D + a]);
           }
-          sum *= 2 * query.scale;
+          sum *= -2 * query.scale;
           out[a] = chunk > 0 ? out[a] + sum : sum;
         }
       }
@@ -175,15 +174,15 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
   }
   if (g.grad_sigma_rows) {
     grad_sigma = sum_over(grad_sigma, t.width);
-    const A sigma = as<const A>(g.sigma)[group % g.H];
-    if (query.lane == 0 && query.m >= 0) as<A>(g.grad_sigma_rows)[group * g.M + query.m] = grad_sigma * -2 / sigma;
+    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
+    if (query.lane == 0 && query.m >= 0) as<A>(g.grad_sigma_rows)[group * g.M + query.m] = grad_sigma * 2 / sigma;
   }
   if (g.grad_queries && g.D <= kFewDims) {
 #pragma unroll
     for (int a = 0; a < kFewDims; ++a) {
       if (a >= g.D) break;
       const A sum = sum_over(grad_query[a], t.width);
-      if (query.lane == 0 && query.m >= 0) as<A>(g.grad_queries)[(group * g.M + query.m) * g.D + a] = 2 * query.scale * sum;
+      if (query.lane == 0 && query.m >= 0) as<A>(g.grad_queries)[(group * g.M + query.m) * g.D + a] = -2 * query.scale * sum;
     }
   }
 }
