@@ -278,7 +278,7 @@ SWAPS = {
     "dots of lanes not live": ("dots[u] = there[u] ? dot : A(0);", "dots[u] = dot;"),
     "no mean": ("mean = g.normalize ? sum_over(mean, t.width) * factor : A(0);", "mean = 0;"),
     "mean without factor": ("sum_over(mean, t.width) * factor", "sum_over(mean, t.width)"),
-    "slopes with influence": ("slopes[n] = {weight, slope};", "slopes[n] = {weight, slope * query.influence_of(row < 0 ? 0 : row)};"),
+    "slopes with influence": ("slope_of(n) = {weight, slope};", "slope_of(n) = {weight, slope * query.influence_of(row < 0 ? 0 : row)};"),
     "many dimensions, one chunk": ("out[a] = chunk > 0 ? out[a] + sum : sum;", "out[a] = sum;"),
     "sigma's sign": ("grad_sigma * 2 / sigma", "grad_sigma * -2 / sigma"),
     "query of an edge": ("static_cast<uint32_t>(number) / static_cast<uint32_t>(g.k)", "static_cast<uint32_t>(number) % static_cast<uint32_t>(g.M)"),
