@@ -82,7 +82,7 @@ class PersistentFieldMemory(nn.Module):
         B, n = positions.shape[0], positions.shape[1] if positions.ndim > 1 else 0
         if influence is None:
             influence = states.new_ones(states.shape[:2])
-        self._check("positions", positions, (len(state.positions), n, self.pos_dim))
+        self._check("positions", positions, (state.positions.shape[0], n, self.pos_dim))
         self._check("states", states, (B, n, self.dim))
         self._check("influence", influence, (B, n))
         for name, x, like in zip(MemoryState._fields, state, (self.pos_dim, self.dim, None), strict=True):
@@ -95,7 +95,8 @@ class PersistentFieldMemory(nn.Module):
         with torch.no_grad():
             root = self._roots(p.detach())
         total = torch.zeros_like(w).scatter_add(1, root, w)
-        share = w / total.gather(1, root).clamp(min=1e-30)
+        whole = total.gather(1, root)
+        share = w / whole.where(whole > 0, 1)
         p = torch.zeros_like(p).scatter_add(1, root[..., None].expand_as(p), share[..., None] * p)
         s = torch.zeros_like(s).scatter_add(1, root[..., None].expand_as(s), share.to(s.dtype)[..., None] * s)
         p = p.masked_fill((total <= 0)[..., None], FAR)

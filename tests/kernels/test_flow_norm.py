@@ -197,16 +197,12 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("mode", MODES)
 def test_compile(backend, mode):
     def layer(s, e, lengths):
-        return flow_norm(s.tanh(), e * e, 1.0, mode, lengths).sin().sum()
+        return flow_norm(s.tanh(), e * e, 1.0, mode, lengths).sin()
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-
-    def same(s, e, lengths):  # the term of the mean that a compiled program adds to each energy, rounded as there
-        return flow_norm(s.tanh(), e * e + 1.0, 0.0, mode, lengths).sin().sum()
-
     for N in (13, 29):
         i = make(N=N, lengths=True)
-        check_compiled(same, compiled, [i[n] for n in ("states", "energy", "lengths")], backend)
+        check_compiled(layer, compiled, [i[n] for n in ("states", "energy", "lengths")], backend)
 
 
 def test_dtypes():
