@@ -161,7 +161,8 @@ def flow_norm(
     energy = shaped(energy.to(real), B, N)
     if lengths is not None:
         lengths = shaped(lengths, B)
-    if torch.compiler.is_compiling():  # a number given to an op is a constant of the program, and the mean is linear
+    # A number given to an op is a constant of the program, which an exported one wants; a term of the mean is not.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         energy, eps = energy + eps, 0.0
 
     backend = _backends.choose(OP, states.device.type)

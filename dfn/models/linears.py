@@ -1,4 +1,8 @@
-"""When an op may read the weights of a linear layer, what happens when it may not, and what a quantised one holds."""
+"""Linear layers that an op reads: when it may, what happens when it may not, and the numbers of those in int8.
+
+Adapters, hooks and quantisation find the linear layers of a model and replace them or their weights. Layers that are
+called go on working; where a model would hand a weight to an op, it asks here.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +51,6 @@ def operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     return y, torch.eye(y.shape[-1], dtype=y.dtype, device=y.device), None
 
 
-# ---- quantised by torch.ao or torchao, which replace linear layers or their weights ---------------------------------
 def is_torchao(weight: object) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
