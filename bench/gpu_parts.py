@@ -390,6 +390,61 @@ def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
     return f"{len(rows)} rows, {limits}"
 
 
+def knn(device: str = "cuda", sizes: tuple[int, ...] = (2048, 8192, 32_768, 131_072, 1_000_000), k: int = 16) -> str:
+    """A search over N: eager, in a CUDA graph, how many launches, and the time of each kernel."""
+    rows = []
+    for N in sizes:
+        for D in (2, 3):
+            for causal in (False, True):
+                positions = torch.rand(N, D, device=device)
+                row = {
+                    "N": N,
+                    "D": D,
+                    "causal": causal,
+                    **launches(lambda p=positions, c=causal: dk.knn(p, k, causal=c)),
+                }
+                print(row, flush=True)
+                rows.append(row)
+                keep(rows)
+    plain = [row for row in rows if not row["causal"]]
+    return "ms eager / in a graph: " + ", ".join(
+        f"{r['N']} D={r['D']} {r['eager']:.2f} / {r['graph']:.2f}" for r in plain
+    )
+
+
+def launches(call: Callable) -> dict:
+    """Milliseconds of a call and of its replay in a CUDA graph; its launches and the milliseconds of each kernel."""
+
+    def milliseconds(work: Callable) -> float:
+        times = []
+        for _ in range(20):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times)
+
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = {e.key[:60]: [e.count, e.self_device_time_total / 1e3] for e in profile.key_averages()
+               if e.self_device_time_total > 0}  # fmt: skip
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return {
+        "eager": milliseconds(call),
+        "graph": milliseconds(graph.replay),
+        "launches": sum(count for count, _ in kernels.values()),
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][1])),
+    }
+
+
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
@@ -457,8 +512,8 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark, "profiled": profiled,
-    "counters": counters,
+    "models": models_agree, "sanitize": sanitize, "train": train, "knn": knn, "benchmark": benchmark,
+    "profiled": profiled, "counters": counters,
 }  # fmt: skip
 
 

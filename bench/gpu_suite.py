@@ -79,6 +79,7 @@ def all_parts(out: Path) -> list[Part]:
     absent = None if counters else "ncu is not installed"
     return parts + [
         Part("train", own("train"), 80, alone=True),
+        Part("knn", own("knn"), 60, alone=True),
         Part("benchmark", own("benchmark", str(out)), 110, alone=True),
         Part("counters", own("counters", str(counters)), 60, alone=True, missing=absent),
     ]

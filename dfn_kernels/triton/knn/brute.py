@@ -240,10 +240,8 @@ def search(
     lengths_of_lists = {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1, "LANES": lists.LANES}
     slice_kernel[(programs,)](
         *inputs, memory, best, indices, sq_dists, N, M, D, k, kept, items, slices, size,
-        **flags, **lengths_of_lists, SLICED=slices > 1, GROUP=GROUP, CAP=CAP, **lists.options(kept, K),
+        **flags, **lengths_of_lists, SLICED=slices > 1, GROUP=GROUP, CAP=CAP, **lists.options(),
     )  # fmt: skip
     if slices > 1:
-        merge_kernel[(blocks,)](
-            best, indices, sq_dists, M, k, kept, slices, **lengths_of_lists, **lists.options(kept, K)
-        )
+        merge_kernel[(blocks,)](best, indices, sq_dists, M, k, kept, slices, **lengths_of_lists, **lists.options())
     return indices, sq_dists
