@@ -21,7 +21,13 @@ import point_sets  # noqa: E402  one list of hostile sets for tests and benchmar
 
 STEP, TEST, BATCH = 100, 45, 730
 SETS = ("uniform", "normal", "clusters", "outliers", "line 0", "line 2", "circle", "diagonal", "lattice",
-        "256 positions", "half identical", "two rows", "sorted", "underflowing")  # fmt: skip
+        "256 positions", "half identical", "two rows", "sorted", "underflowing", "narrow clusters")  # fmt: skip
+
+
+def points(name: str, n: int, D: int) -> torch.Tensor:
+    if name == "narrow clusters":  # a millionth of the spread
+        return (torch.rand(100, D).double()[torch.randint(100, (n,))] + 1e-6 * torch.randn(n, D)).float()
+    return point_sets.points(name, n, D)
 
 
 def build() -> ctypes.CDLL:
@@ -63,7 +69,7 @@ def main() -> None:
             uniform = None
             for name in given.sets:
                 torch.manual_seed(1)
-                x = point_sets.points(name, n, D)
+                x = points(name, n, D)
                 found = count(library, x, given.k, False, given.packets)
                 causal = count(library, x, given.k, True, given.packets)
                 uniform = uniform or found["instructions"]

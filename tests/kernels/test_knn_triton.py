@@ -115,6 +115,15 @@ def test_many_branches(monkeypatch):
         check(torch.randn(N, 3, device=DEVICE), 9, causal=causal)
 
 
+@pytest.mark.parametrize("name, D, mask", [("normal", 2, MASKS[0]), ("lattice", 3, MASKS[3])])
+def test_boxes_that_no_lane_needs(name, D, mask, monkeypatch):
+    """Packets of few queries: one of all queries would look into every box, whatever the test of boxes says."""
+    n = 37 if INTERPRETED else N
+    if INTERPRETED:
+        monkeypatch.setattr(lists, "LANES", 4)
+    check(point_sets.points(name, n, D).to(DEVICE), 3, **mask)
+
+
 def test_the_order_does_not_matter(monkeypatch):
     """Where the curve runs decides how fast a search is, never what it finds."""
     monkeypatch.setattr(tree.Layout, "bits", 1)
