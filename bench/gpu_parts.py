@@ -28,8 +28,9 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
+from .gpu_profile import profiled_cases, profiled_searches
 from .measure import run_case
-from .timing import ceilings
+from .timing import captured, ceilings
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +54,7 @@ def our_distances(positions, k):
 
 def ops() -> list[Case]:
     """One case an op and small size, and the distances of the search, which have gradients."""
-    cases = list({case.op + str(case.small): case for case in CASES if not case.layer}.values())
+    cases = list({case.op + case.variant + str(case.small): case for case in CASES if not case.layer}.values())
     search = next(case for case in cases if case.op == "knn")
     return [*cases, replace(search, ours=our_distances, grads=("positions",), exact=False)]
 
@@ -178,29 +179,34 @@ def graphs(device: str = "cuda") -> str:
     """Captured once, replayed on new values in the same memory: the bits of an eager run."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # index_add adds in fixed order
 
+    def record(run):
+        graph, results = captured(run)
+        return results, graph.replay
+
     def check(case, backend, dtype):
-        step = Step(case, backend, dtype, device, case.small)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        for _ in range(2):
-            step.refresh()
-            eager = [x.clone() for x in step()]
-            for x in captured:
-                x.zero_()
-            torch.manual_seed(1)
-            graph.replay()
-            torch.cuda.synchronize()
-            if not same_bits(captured, eager):
-                return "a replay gives other bits than an eager run"
+        return replay_differs(Step(case, backend, dtype, device, case.small), record)
 
     return each(variants(device, ops()), check)
+
+
+def replay_differs(step: Step, record: Callable[[Callable], tuple[list[Tensor], Callable]]) -> str | None:
+    """`record(run)` gives what run() returned and a function that renews it; says which of it differs from eager runs.
+
+    A gradient may be a view of the incoming one (flow_drift's to positions is): only copies may be overwritten.
+    """
+    results, replay = record(lambda: [x.clone() for x in step()])
+    names = ["output", *(f"gradient of {name}" for name in step.case.grads)]
+    for _ in range(2):
+        step.refresh()
+        eager = [x.clone() for x in step()]
+        for x in results:
+            x.zero_()
+        torch.manual_seed(1)
+        replay()
+        others = [name for name, a, b in zip(names, results, eager, strict=True) if not same_bits([a], [b])]
+        if others:
+            return f"a replay gives other bits than an eager run: {', '.join(others)}"
+    return None
 
 
 def determinism(device: str = "cuda", small: bool = False) -> str:
@@ -390,61 +396,6 @@ def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
     return f"{len(rows)} rows, {limits}"
 
 
-def knn(device: str = "cuda", sizes: tuple[int, ...] = (2048, 8192, 32_768, 131_072, 1_000_000), k: int = 16) -> str:
-    """A search over N: eager, in a CUDA graph, how many launches, and the time of each kernel."""
-    rows = []
-    for N in sizes:
-        for D in (2, 3):
-            for causal in (False, True):
-                positions = torch.rand(N, D, device=device)
-                row = {
-                    "N": N,
-                    "D": D,
-                    "causal": causal,
-                    **launches(lambda p=positions, c=causal: dk.knn(p, k, causal=c)),
-                }
-                print(row, flush=True)
-                rows.append(row)
-                keep(rows)
-    plain = [row for row in rows if not row["causal"]]
-    return "ms eager / in a graph: " + ", ".join(
-        f"{r['N']} D={r['D']} {r['eager']:.2f} / {r['graph']:.2f}" for r in plain
-    )
-
-
-def launches(call: Callable) -> dict:
-    """Milliseconds of a call and of its replay in a CUDA graph; its launches and the milliseconds of each kernel."""
-
-    def milliseconds(work: Callable) -> float:
-        times = []
-        for _ in range(20):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
-
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    kernels = {e.key[:60]: [e.count, e.self_device_time_total / 1e3] for e in profile.key_averages()
-               if e.self_device_time_total > 0}  # fmt: skip
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return {
-        "eager": milliseconds(call),
-        "graph": milliseconds(graph.replay),
-        "launches": sum(count for count, _ in kernels.values()),
-        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][1])),
-    }
-
-
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
@@ -512,8 +463,8 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "knn": knn, "benchmark": benchmark,
-    "profiled": profiled, "counters": counters,
+    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
+    "profile": profiled_cases, "searches": profiled_searches, "profiled": profiled, "counters": counters,
 }  # fmt: skip
 
 

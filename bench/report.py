@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .cases import Case, quick_cases
 from .measure import OURS, Row, run_case
 
-COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
+COLUMNS = ("case", "who", "mode", "ms", "goal", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
 
 
 def measure_all(cases: Iterable[Case], after_each: Callable[[list[Row]], object] = len, **options) -> list[Row]:
@@ -46,7 +46,8 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 
     return [
         (
-            row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row), number(row.mib, ".1f"),
+            row.case, row.who, row.mode, number(row.ms, ".2f"), number(row.goal, ".2f"), _speedup(row),
+            number(row.mib, ".1f"),
             number(row.gb_per_s, ".1f"), number(row.tflop_per_s, ".3f"), number(row.error, ".1e"), row.note,
         )
         for row in rows
@@ -129,10 +130,14 @@ def readme_table(path: Path) -> str:
 
 
 def update_readme(result: Path, readme: Path) -> None:
-    """Replaces what stands between the marks in the README."""
-    text = readme.read_text()
-    begin, end = (text.index(mark) for mark in README_MARKS)
-    readme.write_text(text[: begin + len(README_MARKS[0])] + "\n" + readme_table(result) + text[end:])
+    put_between(readme, README_MARKS, readme_table(result))
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replaces what stands between the marks on a page."""
+    whole = page.read_text()
+    begin, end = (whole.index(mark) for mark in marks)
+    page.write_text(whole[: begin + len(marks[0])] + "\n" + text + whole[end:])
 
 
 def compare(before: Path, after: Path) -> str:

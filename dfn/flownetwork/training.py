@@ -4,9 +4,10 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from ..training.losses import language_modelling
+from ..training.progress import progress_bar
 
 REFRESH = 20  # batches between two choices of the blocks
 
@@ -31,7 +32,7 @@ def token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, 
     if hasattr(model, "loss"):
         return model.loss(ids, targets)
     logits, metrics = model(ids)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), metrics
+    return language_modelling(logits, targets), metrics
 
 
 def train_flow_network(
@@ -64,7 +65,7 @@ def train_flow_network(
     model.train()
     for epoch in range(num_epochs):
         losses, entropies, tokens, start = [], [], 0, time.perf_counter()
-        with tqdm(train_data, desc=f"epoch {epoch + 1}/{num_epochs}", disable=not progress, leave=False) as bar:
+        with progress_bar(train_data, progress, desc=f"epoch {epoch + 1}/{num_epochs}") as bar:
             for batch, (ids, targets) in enumerate(bar):
                 number, total = epoch * len(train_data) + batch, num_epochs * len(train_data)
                 if final_density is not None and (not blocks or number % REFRESH == 0 or number == total - 1):

@@ -2,14 +2,18 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from . import graphed
+from .losses import language_modelling
+from .progress import TrainingBar
 
 
 class NonFiniteLoss(RuntimeError):
@@ -23,8 +27,7 @@ class NonFiniteLoss(RuntimeError):
 def language_model_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count."""
     ids, targets = batch
-    logits = model(ids)[0]
-    return nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    return language_modelling(model(ids)[0], targets)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch):
@@ -96,10 +99,15 @@ class Trainer:
         autocast: run the forward pass under autocast to this dtype (bfloat16).
         partial: the loss may leave parameters without a gradient; several processes then look for them in every step.
         unit: of the loss: "bits" if it is nats that the bar is to show as bits, else the name it goes by.
+        cuda_graph: whether the whole step, optimizer included, is captured in one CUDA graph after three steps, so that
+            the host does not hold the GPU up. "auto": on a GPU, where it can be; a line says why it cannot. True: that
+            line is an error. A loss with a memory of its own between steps must say False.
 
     A batch is a tensor, or tuples and dicts of tensors, with the same number of rows everywhere. Where
     `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
     DistributedDataParallel averages the gradients: n processes train as one does.
+
+    `history` is that of the last call of `fit`, also where an exception ended it.
 
     `state_dict` and `load_state_dict` carry model, optimizer and step: with the same batches a resumed run goes on as
     if it had never stopped.
@@ -110,6 +118,7 @@ class Trainer:
         steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
         weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), clip: float = 1.0, accumulate: int = 1,
         autocast: torch.dtype | None = None, unit: str = "bits", partial: bool = True,
+        cuda_graph: bool | Literal["auto"] = "auto", say: Callable[[str], object] = print,
     ):  # fmt: skip
         if steps is None and seconds is None:
             raise ValueError("Trainer: steps or seconds must be given")
@@ -118,14 +127,21 @@ class Trainer:
         self.model, self.loss, self.unit = model, loss, unit
         self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.elapsed, self.history = 0, 0.0, History()
         self.device = next(model.parameters()).device
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
         other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
         groups = [{"params": matrix, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+        self.graph: graphed.StepGraph | None = None
+        self.warm, self.said, self.say = 0, set(), say
+        self.graphs = cuda_graph not in (False, None) and self._may_be_graphed(cuda_graph)
+        # A graph holds addresses, not numbers: the step length is a tensor then.
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=torch.tensor(lr, device=self.device) if self.graphs else lr, betas=betas, fused=True,
+            capturable=self.graphs and self.device.type == "cuda",
+        )  # fmt: skip
         self.run: nn.Module = _Loss(model, loss)
         if distributed():
             self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=partial)
@@ -142,33 +158,86 @@ class Trainer:
         return self.lr * min(1.0, (self.step + 1) / self.warmup if self.warmup else 1.0) * decay
 
     def train_step(self, batch: tuple) -> float:
-        """One step; returns the loss. Raises NonFiniteLoss before it would spoil the parameters."""
+        """One step; returns the loss. Raises NonFiniteLoss, and the parameters are what they were before."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad()
-        total, n = torch.zeros((), dtype=torch.float64, device=self.device), self.accumulate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate())
+            else:
+                group["lr"] = self.learning_rate()
+        n = self.accumulate
         parts = [rows(batch, self.rank * n + i, self.processes * n) for i in range(n)]
+        value, norm = (x.item() for x in (self._graphed(parts) if self.graphs else self._update(self._here(parts))))
+        if not math.isfinite(value):
+            raise NonFiniteLoss("the loss", self.step, self._first_bad_layer(*self._here(parts)) or "the loss itself")
+        if not math.isfinite(norm):
+            named = self.model.named_parameters()
+            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteLoss("the gradient", self.step, ", ".join(bad[:3]) or "its norm, which overflows")
+        self.step += 1
+        return value
+
+    def _here(self, parts: list) -> list:
+        return [map_tensors(lambda x: x.to(self.device), part) for part in parts]
+
+    def _update(self, parts: list) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the gradient, 0-d; the parameters move if both are finite. Nothing waits for the device."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            part = parts[i] = map_tensors(lambda x: x.to(self.device), part)
-            waits = i + 1 < n and self.processes > 1  # gradients are exchanged once a step, with the last part
+            waits = i + 1 < len(parts) and self.processes > 1  # gradients are exchanged once, with the last part
             with self.run.no_sync() if waits else contextlib.nullcontext():
-                loss = self._loss(part) / n
+                loss = self._loss(part) / len(parts)
                 loss.backward()
             total += loss.detach()
         if self.processes > 1:
             dist.all_reduce(total)
             total /= self.processes
-        value = total.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss("the loss", self.step, self._first_bad_layer(*parts) or "the loss itself")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, foreach=True)
-        if not math.isfinite(norm.item()):
-            named = self.model.named_parameters()
-            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise NonFiniteLoss("the gradient", self.step, ", ".join(bad[:3]) or "its norm, which overflows")
+        # What torch.amp's scaler tells the fused optimizer: 1 leaves parameters and moments alone.
+        self.optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
         self.optimizer.step()
-        self.step += 1
-        return value
+        return total, norm.detach()
+
+    def _may_be_graphed(self, cuda_graph: bool | str) -> bool:
+        if cuda_graph not in (True, "auto"):
+            raise ValueError(f"Trainer: cuda_graph must be True, False or 'auto', got {cuda_graph!r}")
+        reason = None
+        if self.device.type != "cuda":
+            if cuda_graph == "auto":
+                return False  # nothing to say: nobody expects one
+            reason = f"the model is on {self.device.type}, and a CUDA graph needs a GPU"
+        elif self.processes > 1:
+            reason = "several processes exchange gradients within the step"
+        elif name := graphed.hooked(self.model):
+            reason = f"{name} has hooks, which a replay would not run"
+        if reason and cuda_graph is True:
+            raise ValueError(f"Trainer: cuda_graph=True is not possible: {reason}")
+        if reason:
+            self._once(f"no CUDA graph: {reason}")
+        return reason is None
+
+    def _graphed(self, parts: list) -> tuple[Tensor, Tensor]:
+        """`_update`: in the first steps as it is, then from a graph. Batches of another shape go without it."""
+        if self.graph is None and self.warm < graphed.WARM_UP:
+            self.warm += 1
+            return graphed.aside(lambda: self._update(self._here(parts)), self.device)
+        if self.graph is None:
+            try:
+                own = [map_tensors(lambda x: x.to(self.device, copy=True), part) for part in parts]
+                self.graph = graphed.StepGraph(self._update, own)
+            except RuntimeError as error:
+                self.graphs = False
+                self._once(f"no CUDA graph: the step cannot be captured: {str(error).splitlines()[0][:150]}")
+                return self._update(self._here(parts))
+        if not self.graph.suits(parts):
+            self._once("a batch of another shape than the first ones': it goes without the CUDA graph")
+            return self._update(self._here(parts))
+        return self.graph(parts)
+
+    def _once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
     def _loss(self, batch: tuple) -> Tensor:
         try:
@@ -219,39 +288,73 @@ class Trainer:
     ) -> History:
         """Trains to the end, calling ``evaluate`` at ``evaluations`` evenly spaced points and at the end.
 
-        The time that evaluating takes is not counted. A resumed run goes on with its ``history``; ``after_step`` is
-        called with it when a step and its evaluation are done.
+        ``batches`` that end, as a DataLoader's do, are gone through again. The time that evaluating takes is not
+        counted. A resumed run goes on with its ``history``; ``after_step`` is called with it when a step and its
+        evaluation are done.
+
+        Raises NonFiniteLoss (a step, or an evaluation), ValueError (no batch, or an iterator that ends: `history` has
+        what was trained until then).
         """
-        history, batches = history or History(), iter(batches)
+        self.history = history = history or History()
+        stream = self._endless(batches)
         self.model.train()
-        bar = _Bar(self) if progress else None
+        bar = TrainingBar(self) if progress else None
         due = self.progress + 1 / evaluations if evaluations else math.inf
         tokens = began_with = history.tokens[-1] if history.tokens else 0
         began_at = self.elapsed
-        while self.progress < 1:
-            began = time.perf_counter()
-            batch = next(batches)
-            value = self.train_step(batch)
-            self.elapsed += time.perf_counter() - began
-            tokens += tokens_in(batch)
-            for values, entry in ((history.steps, self.step), (history.losses, value),
-                                  (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
-                values.append(entry)
-            if bar:
-                bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
-            if evaluate and (self.progress >= due or self.progress >= 1):
-                due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
-                self.model.eval()
-                history.evaluated.append((self.step, self.elapsed, evaluate()))
-                self.model.train()
+        try:
+            while self.progress < 1:
+                began = time.perf_counter()
+                batch = next(stream)
+                value = self.train_step(batch)
+                self.elapsed += time.perf_counter() - began
+                tokens += tokens_in(batch)
+                for values, entry in ((history.steps, self.step), (history.losses, value),
+                                      (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
+                    values.append(entry)
                 if bar:
-                    bar.held_out = history.evaluated[-1][2]
-            if after_step:
-                after_step(history)
-        if bar:
-            bar.close()
-        self.model.eval()
+                    bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
+                if evaluate and (self.progress >= due or self.progress >= 1):
+                    due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
+                    history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
+                    if bar:
+                        bar.held_out = history.evaluated[-1][2]
+                if after_step:
+                    after_step(history)
+        finally:
+            if bar:
+                bar.close()
+            self.model.eval()
         return history
+
+    def _endless(self, batches: Iterable[tuple]) -> Iterator[tuple]:
+        while True:
+            before = self.step
+            yield from batches
+            if self.step == before:  # nothing came in this pass
+                if before == 0 or not isinstance(batches, Iterator):
+                    raise ValueError("Trainer: batches must hold at least one batch, got none")
+                length = f"{self.steps} steps" if self.steps else f"{self.seconds:g} seconds"
+                raise ValueError(
+                    f"Trainer: batches ended after step {before} of {length}, and an iterator cannot be gone through "
+                    "again; give a DataLoader, a list, or a generator that does not end"
+                )
+
+    def _evaluated(self, evaluate: Callable[[], float], batch: tuple) -> float:
+        self.model.eval()
+        try:
+            value = evaluate()
+        except ValueError as error:  # as in `_loss`
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            if layer is None:
+                raise
+            raise NonFiniteLoss("the evaluation", self.step, layer) from error
+        finally:
+            self.model.train()
+        if not math.isfinite(value):
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            raise NonFiniteLoss("the evaluation", self.step, layer or "the evaluation itself")
+        return value
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
@@ -259,7 +362,11 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
+        lengths = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, length in zip(self.optimizer.param_groups, lengths, strict=True):
+            group["lr"] = length  # set in every step; a tensor or a number as this device wants it
+        self.graph, self.warm = None, 0  # it holds the addresses of the old moments
         self.step, self.elapsed = state["step"], state["elapsed"]
 
 
@@ -276,44 +383,3 @@ class _Loss(nn.Module):
 
     def forward(self, batch: tuple) -> Tensor:
         return self.loss(self.model, batch)
-
-
-class _Bar:
-    """A bar over steps or seconds, with the loss, smoothed, tokens per second, and the most memory used so far."""
-
-    def __init__(self, trainer: Trainer):
-        from tqdm import tqdm
-
-        self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
-        self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
-        interval = 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
-        self.bar = tqdm(total=1000, desc="training", mininterval=interval, dynamic_ncols=True, bar_format=form)
-
-    def update(self, value: float, rate: float) -> None:
-        t = self.trainer
-        self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
-        parts = [
-            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
-            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
-            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
-            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
-            f"{rate:,.0f} tokens/s",
-            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
-        ]
-        self.bar.set_postfix_str(", ".join(parts), refresh=False)
-        self.bar.update(round(1000 * t.progress) - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,9 +1,20 @@
 import copy
+import importlib
 import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
+from helpers import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    backends,
+    check_against_reference,
+    check_compiled,
+    leaves,
+    pairs,
+    same_bits,
+)
 
 import dfn_kernels
 from dfn_kernels import GaussianGatherFunction, gather_plan, gaussian_gather
@@ -101,6 +112,8 @@ def test_every_pair_of_options(backend, row):
         dict(c=67, D=5, k=7, H=1),
         dict(c=131, D=7, k=3, B=1, N=2, M=5),
         dict(c=300, D=3, k=19, B=1, H=2, N=23, M=7),
+        dict(c=48, D=18, k=70, B=1, H=1, N=13, M=3),
+        dict(c=16, D=2, k=257, B=1, H=1, N=211, M=2),
     ],
 )
 def test_sizes(backend, sizes):
@@ -121,6 +134,29 @@ def test_gradcheck(backend, normalize):
 
     with dfn_kernels.use_backend(backend):
         assert torch.autograd.gradcheck(op, tensors, nondet_tol=0.0, fast_mode=INTERPRETED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_distances_of_a_search(backend, normalize):
+    """With the squared distances that a search knows the result is the same, and so are the gradients."""
+    inputs = make(B=1, H=2, N=23, M=7, D=3, c=5, k=6)
+    names = ("positions", "query_positions", "values", "indices", "sigma", "influence")
+    indices = inputs["indices"]
+
+    def run(known):
+        copies = leaves(inputs)
+        p, q = copies["positions"].detach(), copies["query_positions"].detach()
+        steps = q.unsqueeze(3) - p.unsqueeze(2).expand(-1, -1, 7, -1, -1).gather(
+            3, indices.clamp(min=0).unsqueeze(4).expand(*indices.shape, 3)
+        )
+        sq_dists = steps.square().sum(4).where(indices >= 0, torch.inf) if known else None
+        out = torch.ops.dfn.gaussian_gather(*(copies[n] for n in names), normalize, backend, sq_dists)
+        out.square().sum().backward()
+        return [out.detach(), *(copies[n].grad for n in names if n != "indices")]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,6 +219,25 @@ def test_padding_is_nobody(backend, normalize):
     assert out.isfinite().all() and out[:, :, 3].eq(0).all() and out[:, :, 4].ne(0).any()
     for name in ("values", "positions"):
         assert inputs[name].grad.isfinite().all() and inputs[name].grad[:, :, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_not_a_number_stays_with_its_neighbors(backend, normalize):
+    """A query that stands nowhere spoils its own output and the gradients of those it lists, and nobody else's."""
+    inputs = make(B=1, H=1, N=29, M=11, k=3, c=16)
+    inputs["indices"][0, 0, 4] = torch.tensor([7, 28, -1], device=DEVICE)
+    inputs["query_positions"][0, 0, 4] = float("nan")
+    names = ("positions", "values", "influence")
+    for name in names:
+        inputs[name].requires_grad_()
+    with dfn_kernels.use_backend(backend):
+        out = gaussian_gather(**inputs, normalize=normalize)
+        out.sum().backward()
+    assert out[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [4]
+    for name in names:
+        grad = inputs[name].grad.view(29, -1)
+        assert grad.isnan().any(-1).nonzero().flatten().tolist() == [7, 28], name
 
 
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])
@@ -312,19 +367,58 @@ def test_only_the_gradients_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_function_and_second_derivative(backend):
-    inputs = make(B=1, H=1, N=4, M=4, c=3, k=2, queries=False, influence=None, dtype=torch.float64)
-    p, v = inputs["positions"].requires_grad_(), inputs["values"].requires_grad_()
-    out = GaussianGatherFunction.apply(p, p, v, inputs["indices"], inputs["sigma"], None, False, backend)
+def test_function(backend):
+    inputs = make(B=1, H=1, N=4, M=4, c=3, k=2, queries=False, influence=None)
+    p = inputs["positions"]
+    out = GaussianGatherFunction.apply(p, p, inputs["values"], inputs["indices"], inputs["sigma"], None, False, backend)
     with dfn_kernels.use_backend(backend):
         assert same_bits(out, gaussian_gather(**inputs))
-        (grad,) = torch.autograd.grad(gaussian_gather(**inputs).square().sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pieces", ["one", "a query each"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_second_derivative(backend, pieces, normalize, monkeypatch):
+    """Everything by everything."""
+    inputs = make(B=1, H=2, N=5, M=3, D=2, c=3, k=4, dtype=torch.float64)
+    indices = inputs.pop("indices")
+    names = list(inputs)
+    if pieces != "one":
+        monkeypatch.setattr(importlib.import_module("dfn_kernels.gaussian_gather"), "MOST_ROWS", 1)
+
+    def op(*values):
+        return gaussian_gather(indices=indices, normalize=normalize, **dict(zip(names, values, strict=True)))
+
+    with dfn_kernels.use_backend(backend):
+        tensors = [inputs[name].requires_grad_() for name in names]
+        assert torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_by_every_route(backend):
+    """As forces and their training, Hessians and torch.func ask for it."""
+    inputs = make(B=1, H=1, N=5, c=3, k=3, queries=False, dtype=torch.float64)
+    positions = inputs.pop("positions")
+
+    def loss(x):
+        return gaussian_gather(positions=x, **inputs, normalize=True).square().sum()
+
     with dfn_kernels.use_backend("reference"):
-        (grad,) = torch.autograd.grad(gaussian_gather(**inputs).square().sum(), v, create_graph=True)
-        grad.sum().backward()
-    assert v.grad.abs().sum() > 0
+        want = torch.autograd.functional.hessian(loss, positions)
+    assert want.abs().sum() > 0
+    size = positions.numel()
+    with dfn_kernels.use_backend(backend):
+        x = positions.clone().requires_grad_()
+        (force,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        force.square().sum().backward()
+        torch.testing.assert_close(x.grad.flatten(), 2 * want.view(size, size) @ force.detach().flatten())
+        torch.testing.assert_close(torch.autograd.functional.hessian(loss, positions), want)
+        torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(positions), want)
+        v = torch.randn_like(positions)
+        _, product = torch.autograd.functional.vhp(loss, positions, v)
+        torch.testing.assert_close(product.flatten(), want.view(size, size) @ v.flatten())
+        grad = torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(positions)
+        torch.testing.assert_close(grad, product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -350,25 +444,21 @@ def test_opcheck(backend):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICE != "cpu" or b != "triton"])
 def test_compile(backend):
-    @torch.compile(fullgraph=True, dynamic=True)
     def layer(x, positions, indices):
         plan = gather_plan(indices, positions)
         x = gaussian_gather(positions, x.tanh(), plan, 0.9)
         y = gaussian_gather(positions, x.tanh(), plan, 0.7, normalize=True)
         return y.transpose(1, 2).flatten(2).relu()
 
+    def plain(x, positions, indices):
+        x = gaussian_gather(positions, x.tanh(), indices, 0.9)
+        y = gaussian_gather(positions, x.tanh(), indices, 0.7, normalize=True)
+        return y.transpose(1, 2).flatten(2).relu()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for N in (13, 29):
         i = make(N=N, queries=False)
-        x = i["values"].requires_grad_()
-        with dfn_kernels.use_backend(backend):
-            out = layer(x, i["positions"], i["indices"])
-            (grad,) = torch.autograd.grad(out.sum(), x)
-            plain = gaussian_gather(i["positions"], x.tanh(), i["indices"], 0.9)
-            plain = gaussian_gather(i["positions"], plain.tanh(), i["indices"], 0.7, normalize=True)
-            plain = plain.transpose(1, 2).flatten(2).relu()
-            (plain_grad,) = torch.autograd.grad(plain.sum(), x)
-        torch.testing.assert_close(out, plain)
-        torch.testing.assert_close(grad, plain_grad)
+        check_compiled(plain, compiled, [i[n] for n in ("values", "positions", "indices")], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 knn::Pool torch_pool() {
@@ -99,8 +98,8 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
   if (queries) check_dense(*queries, "queries", real, {B, M, D});
   if (lengths) check_dense(*lengths, "lengths", ScalarType::Long, {B});
   if (query_lengths) check_dense(*query_lengths, "query_lengths", ScalarType::Long, {B});
-  Tensor ids = new_empty(points, {B, M, k}, ScalarType::Long);
-  Tensor dists = new_empty(points, {B, M, k});
+  Tensor ids = allocate(points, {B, M, k}, ScalarType::Long);
+  Tensor dists = allocate(points, {B, M, k});
   knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
   knn::prefer_large_pages(dists.data_ptr(), B * M * k * (real == ScalarType::Float ? 4 : 8));
   std::shared_ptr<Index> built;
