@@ -31,7 +31,7 @@ def of_lists(K: int, kept: int) -> dict[str, object]:
 
 
 def on_lists(kernel: object, constants: dict) -> Case:
-    options = lists.options(constants.get("D", 1))
+    options = lists.options(walk.registers(constants["D"]) if "D" in constants else brute.REGISTERS)
     return Case(kernel, TYPES, {**constants, "LANES": 32}, options.pop("num_warps"), options, amd={"LANES": 64})
 
 

@@ -137,10 +137,10 @@ def sizes(k: int) -> tuple[int, int]:
     return K, triton.cdiv(k, K) * K
 
 
-def options(D: int = 1) -> dict[str, object]:
+def options(registers: int) -> dict[str, object]:
     """For the compiler: no fused multiply-add, and no more registers than needed, so that many programs fit."""
     exact = {"num_warps": 1, "enable_fp_fusion": False}
-    return exact if torch.version.hip else exact | {"maxnreg": 144 if D <= 3 else 192}
+    return exact if torch.version.hip else exact | {"maxnreg": registers}
 
 
 def programs(work: int, entries: int) -> int:

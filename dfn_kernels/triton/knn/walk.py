@@ -177,6 +177,10 @@ def seeds(k: int) -> int:
     return min(trees.FAN, max(4, triton.cdiv(3 * k, trees.LEAF)))
 
 
+def registers(D: int) -> int:
+    return 144 if D <= 3 else 192
+
+
 def search(
     queries: Tensor, rows: Tensor, seats: Tensor, query_lengths: Tensor | None, bound: Tensor | None, tree: Tree,
     k: int, causal: bool, include_self: bool,
@@ -199,6 +203,6 @@ def search(
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
         D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, CAP=CAP, LANES=lists.LANES,
-        **lists.options(D),
+        **lists.options(registers(D)),
     )  # fmt: skip
     return indices, sq_dists
