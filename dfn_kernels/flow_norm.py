@@ -161,6 +161,9 @@ def flow_norm(
     energy = shaped(energy.to(real), B, N)
     if lengths is not None:
         lengths = shaped(lengths, B)
+    # A number given to an op is a constant of the program, which an exported one wants; a term of the mean is not.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        energy, eps = energy + eps, 0.0
 
     backend = _backends.choose(OP, states.device.type)
     if backend == "reference":
