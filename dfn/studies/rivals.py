@@ -130,7 +130,7 @@ def fitted(build: Callable[[int], nn.Module], target: int) -> nn.Module:
 
     Its parameters must be a linear function of the size. Raises ValueError where the nearest is more than 2 % off.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         one, two = (count_parameters(build(size)) for size in (1, 2))
     size = max(1, 1 + round((target - one) / (two - one)))
     model = build(size)
@@ -189,7 +189,7 @@ def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False) ->
     """ "dfn" with the arguments ``dfn``, or a rival with as many parameters; ``same_shape``: as many layers, same d."""
     if kind == "dfn":
         return DFNLanguageModel(**dfn)
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         parameters = count_parameters(DFNLanguageModel(**dfn))
     shape = {name: dfn[name] for name in ("dim", "layers")} if same_shape else {}
     return rival(kind, parameters, length, dfn.get("vocab_size", 256), **shape)
