@@ -7,6 +7,7 @@ under way goes on from its last checkpoint.
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import platform
 import shutil
@@ -36,7 +37,7 @@ class Study:
     """
 
     def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, evaluations: int = 8,
-                 progress: bool = True, say: Callable[[str], object] = print):  # fmt: skip
+                 progress: bool = True, say: Callable[[str], object] = functools.partial(print, flush=True)):  # fmt: skip
         self.folder, self.path, self.progress, self.say = folder, folder / "study.json", progress, say
         self.evaluations = evaluations
         asked = {"study": name, "options": options, "data": data or {}}

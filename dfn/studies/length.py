@@ -59,11 +59,11 @@ def needle_batch(
 class Needle(Task):
     """Needles; a model with a memory reads a row in segments of ``segment`` tokens, with the memory between them."""
 
-    partial, graphable = False, False
+    partial = False
 
     def __init__(self, options: Options, build: Callable[[], nn.Module], span: int, segment: int | None):
         super().__init__(options)
-        self.build, self.span, self.segment = build, span, segment
+        self.build, self.span, self.segment, self.graphable = build, span, segment, segment is None
 
     def model(self) -> nn.Module:
         return self.build()

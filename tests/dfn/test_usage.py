@@ -70,6 +70,7 @@ def failed(capsys, code, *arguments):
             "entities must be at most the 32 cells of a field, got 128",
         ),
         (["train", "masked", "--pos-dim", 1], "pos_dim must be at least the 2 axes of a field, got 1"),
+        (["train", "digits", "--dropout", 0.1], "--dropout has no meaning for digits"),
         (["eval", "memory", "--run", "x"], "--run has no meaning for memory"),
         (["study", "recall", "--pairs", 65], "pairs must be at most 64"),
         (["train", "text", "--init", "/does/not/exist"], "--init: /does/not/exist holds no checkpoint"),
