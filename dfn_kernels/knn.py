@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _backends
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_integer, same_device
 from ._transforms import OpFunction, call
+from .packed import check_offset_values, check_sets
 from .reference.knn import knn as reference
 
 _backends.register("knn")
@@ -22,7 +23,9 @@ class Neighbors(NamedTuple):
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
-def _check(positions, k, queries, causal, include_self, lengths, query_lengths, warm=None) -> None:
+def _check(
+    positions, k, queries, causal, include_self, lengths, query_lengths, warm=None, ptr=None, query_ptr=None
+) -> None:
     is_float_tensor(OP, "positions", positions)
     if positions.ndim < 2:
         raise ValueError(f"{OP}: positions must have shape [.., N, D], got {list(positions.shape)}")
@@ -52,7 +55,9 @@ def _check(positions, k, queries, causal, include_self, lengths, query_lengths, 
     if warm is not None:
         is_index_tensor(OP, "warm.indices", warm)
         has_shape(OP, "warm.indices", warm, (*lead, M, k), "[.., M, k]")
-    same_device(OP, "positions", positions, queries=queries, lengths=lengths, query_lengths=query_lengths, warm=warm)
+    check_sets(OP, ptr, query_ptr, queries, lengths=lengths, query_lengths=query_lengths)
+    same_device(OP, "positions", positions, queries=queries, lengths=lengths, query_lengths=query_lengths, warm=warm,
+                ptr=ptr)  # fmt: skip
 
 
 def _check_values(points, queries, lengths, query_lengths) -> None:
@@ -91,28 +96,36 @@ def _op(
     warm: Tensor | None,  # [B, M, k]
     index: int,  # 0, or the number of these points' grid in the backend
     backend: str,
+    ptr: Tensor | None = None,  # [S + 1], of the points; without it lengths count
+    query_ptr: Tensor | None = None,  # [S + 1], of the queries
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
-    points, queries, lengths, query_lengths = (
-        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths)
+    points, queries, lengths, query_lengths, ptr, query_ptr = (
+        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, ptr, query_ptr)
     )
     if points.device.type == "cpu":
+        check_offset_values(OP, "ptr", ptr, points.shape[1])
+        check_offset_values(OP, "query_ptr", query_ptr, 0 if queries is None else queries.shape[1])
         if check:
             _check_values(points, queries, lengths, query_lengths)
     arguments = points, queries, lengths, query_lengths, k, causal, include_self
     if backend == "reference":
-        indices, sq_dists = reference(*arguments)
+        indices, sq_dists = reference(*arguments, ptr, query_ptr)
+    elif backend == "triton" and ptr is not None:
+        from .triton.packed_knn import knn as packed_knn
+
+        indices, sq_dists = packed_knn(points, queries, ptr, query_ptr, k, causal, include_self)
     elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
         indices, sq_dists = triton_knn(*arguments, None if warm is None else warm.contiguous(), index)
     else:
-        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index)
+        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index, ptr, query_ptr)
     return sq_dists, indices
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
-def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend):
+def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend, *sets):
     shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
     return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
@@ -130,7 +143,7 @@ def _backward(ctx, grad, _):
     own = queries is None
     B, N, D = points.shape
     M, k = indices.shape[1:]
-    nothing = (None,) * 9
+    nothing = (None,) * 11
     if grad is None or N == 0:
         return (None, None, *nothing)
     present = (indices >= 0).unsqueeze(-1)
@@ -171,6 +184,8 @@ def knn(
     include_self: bool = True,
     lengths: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    ptr: Tensor | None = None,
+    query_ptr: Tensor | None = None,
     check: bool = True,
 ) -> Neighbors:
     """Finds the k nearest positions of every query, exactly.
@@ -188,8 +203,13 @@ def knn(
             allowed, positions at the same place and with a lower index come first and may displace it.
         lengths: int64 ``[..]``: positions from there on are padding; without queries their rows are padded, too.
         query_lengths: int64 ``[..]``: the same for queries.
+        ptr: int64 ``[S + 1]``, instead of lengths: offsets of S sets that lie one after another along N, ascending
+            from 0 to N, empty ones included. Nobody sees another set; indices count along N; ``causal`` means
+            earlier ones of the set. Leading dims share it. Memory is linear in N + M whatever the sizes.
+        query_ptr: int64 ``[S + 1]``: the same for queries, which are given with it.
         check: on the CPU, raise ValueError if a position or query is NaN or infinite, or a length out of range.
-            Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded.
+            Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded. Offsets are
+            always checked on the CPU, and never on a GPU.
 
     Returns:
         ``Neighbors(indices, sq_dists)``: int64 and float32 (float64 for float64 positions), both ``[.., M, k]``,
@@ -209,11 +229,16 @@ def knn(
             [ 0., 16.]]))
     """
     are_flags(OP, causal=causal, include_self=include_self, check=check)
-    _check(positions, k, queries, causal, include_self, lengths, query_lengths)
-    return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
+    _check(positions, k, queries, causal, include_self, lengths, query_lengths, None, ptr, query_ptr)
+    return _search(
+        positions, k, queries, causal, include_self, lengths, query_lengths, check, None, ptr=ptr, query_ptr=query_ptr
+    )
 
 
-def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None) -> Neighbors:
+def _search(
+    positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None, ptr=None,
+    query_ptr=None,
+) -> Neighbors:  # fmt: skip
     backend = _backends.choose(OP, positions.device.type)
     real = compute_dtype(positions, queries)
     *lead, N, D = positions.shape
@@ -228,32 +253,33 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
         k, bool(causal), bool(include_self), bool(check),
         None if warm is None else warm.reshape(B, M, k),
         (grids or {}).get(backend, 0),
-        backend,
+        backend, ptr, query_ptr,
     )  # fmt: skip
     return Neighbors(indices.view(*lead, M, k), sq_dists.view(*lead, M, k))
 
 
 class KNNIndex:
-    """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
+    """Positions to be searched more than once: ``KNNIndex(positions, lengths, ptr).query(k)``.
 
     Arguments and results are those of `knn`. The positions are sorted once, here. On the CPU the first causal query
     sorts prefixes, too, for all that follow; on a GPU causal queries, and those for more than 64 neighbours, sort
     again. The positions must not be changed in place while the index is in use.
     """
 
-    def __init__(self, positions: Tensor, lengths: Tensor | None = None):
-        _check(positions, 1, None, False, True, lengths, None)
+    def __init__(self, positions: Tensor, lengths: Tensor | None = None, ptr: Tensor | None = None):
+        _check(positions, 1, None, False, True, lengths, None, None, ptr)
+        check_offset_values(OP, "ptr", ptr, positions.shape[-2])
         self.positions = positions.to(compute_dtype(positions)).contiguous()
-        self.lengths = lengths
+        self.lengths, self.ptr = lengths, None if ptr is None else ptr.contiguous()
         self._grids: dict[str, int] = {}  # backend: the number of the grid it has built
         B, (N, D) = positions.shape[:-2].numel(), positions.shape[-2:]
         points = self.positions.detach().view(B, N, D)
         counts = None if lengths is None else lengths.reshape(B).contiguous()
         device = positions.device.type
         if device == "cpu" and _backends.missing(OP, "native", "cpu") is None:
-            self._grids["native"] = torch.ops.dfn_cpu.knn_index(points, counts)
+            self._grids["native"] = torch.ops.dfn_cpu.knn_index(points, counts, self.ptr)
             weakref.finalize(self, torch.ops.dfn_cpu.knn_forget, self._grids["native"])
-        if _backends.missing(OP, "triton", device) is None:
+        if ptr is None and _backends.missing(OP, "triton", device) is None:
             from .triton.knn import forget, index
 
             self._grids["triton"] = index(points, counts)
@@ -266,6 +292,7 @@ class KNNIndex:
         *,
         causal: bool = False,
         include_self: bool = True,
+        query_ptr: Tensor | None = None,
         warm: Neighbors | None = None,
     ) -> Neighbors:
         """The k nearest positions of every query (of every position without queries), as `knn` gives them.
@@ -276,9 +303,11 @@ class KNNIndex:
         """
         found = None if warm is None else warm.indices
         are_flags(OP, causal=causal, include_self=include_self)
-        _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
+        _check(self.positions, k, queries, causal, include_self, self.lengths, None, found, self.ptr, query_ptr)
         grids = self._grids if queries is None or queries.dtype != torch.float64 else None  # sorted in float32, perhaps
-        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids)
+        return _search(
+            self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids, self.ptr, query_ptr
+        )
 
     def __repr__(self) -> str:
         return f"KNNIndex(positions={list(self.positions.shape)}, {self.positions.dtype}, {self.positions.device})"

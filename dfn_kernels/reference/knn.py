@@ -14,7 +14,11 @@ def knn(
     k: int,
     causal: bool,
     include_self: bool,
+    ptr: Tensor | None = None,  # [S + 1] offsets of the sets, shared by the batch
+    query_ptr: Tensor | None = None,  # [S + 1]
 ) -> tuple[Tensor, Tensor]:  # indices [B, M, k], squared distances [B, M, k]
+    if ptr is not None:
+        return _each_set(points, queries, ptr.tolist(), query_ptr, k, causal, include_self)
     B, N, _ = points.shape
     own = queries is None
     queries = points if own else queries
@@ -48,6 +52,20 @@ def knn(
             values, order = total.sort(dim=1, stable=True)
             sq_dists[b, first : first + step, :width] = values[:, :width]
             indices[b, first : first + step, :width] = order[:, :width].masked_fill(values[:, :width] == torch.inf, -1)
+    return indices, sq_dists
+
+
+def _each_set(points, queries, ptr, query_ptr, k, causal, include_self) -> tuple[Tensor, Tensor]:
+    own = queries is None
+    query_ptr = ptr if own else query_ptr.tolist()
+    shape = (points.shape[0], (points if own else queries).shape[1], k)
+    indices = torch.full(shape, -1, dtype=torch.int64, device=points.device)
+    sq_dists = torch.full(shape, torch.inf, dtype=points.dtype, device=points.device)
+    for s in range(len(ptr) - 1):
+        of_set, asking = slice(ptr[s], ptr[s + 1]), slice(query_ptr[s], query_ptr[s + 1])
+        those = None if own else queries[:, asking]
+        found, sq_dists[:, asking] = knn(points[:, of_set], those, None, None, k, causal, include_self)
+        indices[:, asking] = found.where(found < 0, found + ptr[s])
     return indices, sq_dists
 
 
