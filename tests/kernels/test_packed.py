@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, same_bits
+from helpers import DEVICE, INTERPRETED, assert_accurate, backends, distance, same_bits
 
 import dfn_kernels as dk
 from dfn_kernels.packed import offsets_of_batch, place_in_set, set_of_rows
@@ -163,3 +163,187 @@ def test_offsets_of_rows():
 def test_bad_offsets(ptr, options, error, message):
     with pytest.raises(error, match=message):
         dk.knn(torch.randn(5, 2), 1, ptr=torch.tensor(ptr), **options)
+
+
+# ---- flow_norm ------------------------------------------------------------------------------------------------------
+def norm_each_set(states, energy, ptr, mode):
+    parts = [
+        dk.flow_norm(states[:, a:e], energy[:, a:e], 1e-3, mode) for a, e in itertools.pairwise(ptr.tolist()) if a < e
+    ]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("backend", [*backends("flow_norm"), "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["mean", "causal", "entity"])
+def test_norm_is_each_set_alone(backend, dtype, mode):
+    ptr = offsets(SIZES)
+    N = int(ptr[-1])
+    states, energy = torch.randn(2, N, 7, device=DEVICE).to(dtype), torch.rand(2, N, device=DEVICE) * 9
+    grad = torch.randn(2, N, 7, device=DEVICE).to(dtype)
+    exact = _norm_and_grads(lambda s, e: norm_each_set(s, e, ptr, mode), "reference", states.double(), energy.double(), grad)
+    plain = _norm_and_grads(lambda s, e: norm_each_set(s, e, ptr, mode), "reference", states, energy, grad)
+    ours = _norm_and_grads(lambda s, e: dk.flow_norm(s, e, 1e-3, mode, ptr=ptr), backend, states, energy, grad)
+    for name, a, b, c in zip(("output", "states", "energy"), ours, exact, plain, strict=True):
+        eps = torch.finfo(torch.float64 if a.dtype == torch.float64 else torch.float32).eps
+        assert_accurate(a, b, max(distance(c, b), eps * b.double().norm().item()), name)
+
+
+def _norm_and_grads(op, backend, states, energy, grad):
+    states, energy = states.clone().requires_grad_(), energy.clone().requires_grad_()
+    with dk.use_backend(backend):
+        out = op(states, energy)
+    return [out.detach(), *torch.autograd.grad(out, (states, energy), grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("backend", [*backends("flow_norm"), "reference"])
+@pytest.mark.parametrize("mode", ["mean", "causal"])
+def test_norm_keeps_sets_and_time_apart(backend, mode):
+    ptr = offsets([3, 0, 9, 5])
+    states, energy = torch.randn(17, 4, device=DEVICE), torch.rand(17, device=DEVICE)
+    other = energy.clone()
+    other[12:] = torch.nan  # the last set, and with it the sum over all
+    other[8:12] += 1e6  # the end of the one before
+    with dk.use_backend(backend):
+        a, b = (dk.flow_norm(states, e, mode=mode, ptr=ptr) for e in (energy, other))
+    untouched = 8 if mode == "causal" else 3
+    assert same_bits(a[:untouched], b[:untouched]) and not torch.equal(a[8:12], b[8:12]) and not b[8:12].isnan().any()
+
+
+def test_norm_gradcheck():
+    ptr = offsets([2, 0, 4, 1])
+    for backend in backends("flow_norm"):
+        for mode in ("mean", "causal"):
+            states = torch.randn(7, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+            energy = torch.rand(7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+            with dk.use_backend(backend):
+                op = lambda s, e: dk.flow_norm(s, e, 1e-2, mode, ptr=ptr)  # noqa: B023, E731
+                assert torch.autograd.gradcheck(op, (states, energy))
+
+
+# ---- gaussian_gather: indices that count along N are all it needs ---------------------------------------------------
+@pytest.mark.parametrize("backend", backends("gaussian_gather"))
+@pytest.mark.parametrize("plan", [False, True])
+def test_gather_is_each_set_alone(backend, plan):
+    ptr = offsets(SIZES)
+    N = int(ptr[-1])
+    positions = torch.randn(N, 3, device=DEVICE, dtype=torch.float64)
+    values, influence = torch.randn(N, 5, device=DEVICE, dtype=torch.float64), torch.rand(N, device=DEVICE).double()
+
+    def gather(p, v, w, packed):
+        near = dk.knn(p.detach(), 4, ptr=ptr).indices if packed else None
+        if packed:
+            return dk.gaussian_gather(p, v, dk.gather_plan(near, p) if plan else near, 0.7, influence=w, normalize=True)
+        return torch.cat([
+            dk.gaussian_gather(p[a:e], v[a:e], dk.knn(p[a:e].detach(), 4).indices, 0.7, influence=w[a:e], normalize=True)
+            for a, e in itertools.pairwise(ptr.tolist()) if a < e
+        ])  # fmt: skip
+
+    grad = torch.randn(N, 5, device=DEVICE, dtype=torch.float64)
+    results = []
+    for packed, name in ((True, backend), (False, "reference")):
+        inputs = [x.clone().requires_grad_() for x in (positions, values, influence)]
+        with dk.use_backend(name):
+            out = gather(*inputs, packed)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- flow_attention -------------------------------------------------------------------------------------------------
+OPTIONS = [dict(), dict(causal=True), dict(include_self=False, normalize=True), dict(causal=True, query_bias=True),
+           dict(normalize=True, extra=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [*backends("flow_attention"), "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_attention_is_each_set_alone(backend, options):
+    options = dict(options)
+    sizes = [0, 4, 1, 0, 7] if INTERPRETED else [0, 3, 1, 0, 90, 17, 0]
+    ptr = offsets(sizes)
+    N, H, D, d, c, E = int(ptr[-1]), 2, 2, 5, 3, 4
+    real = dict(dtype=torch.float64, device=DEVICE)
+    inputs = dict(states=torch.randn(N, d, **real), positions=torch.randn(H, N, D, **real),
+                  values=torch.randn(H, N, c, **real), influence=torch.rand(H, N, **real))  # fmt: skip
+    shared = dict(flow_weight=torch.randn(H, D, d, **real), sigma=torch.rand(H, **real) + 0.5)
+    if options.pop("query_bias", False):
+        shared["query_bias"] = torch.randn(H, D, **real)
+    if options.pop("extra", False):
+        shared.update(extra_positions=torch.randn(H, E, D, **real), extra_values=torch.randn(H, E, c, **real))
+
+    def one(part, packed):
+        context, drift, near = dk.flow_attention(**part, **shared, k=3, ptr=ptr if packed else None, **options)
+        return context, drift.positions, drift.energy, near.sq_dists.where(near.indices >= 0, 0), near.indices
+
+    def run(packed, name):
+        leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+        with dk.use_backend(name):
+            if packed:
+                out = one(leaves, True)
+            else:
+                parts = []
+                for a, e in itertools.pairwise(ptr.tolist()):
+                    *values, near = one({n: x[..., a:e, :] if n in ("positions", "values") else x[:, a:e] if n == "influence"
+                                         else x[a:e] for n, x in leaves.items()}, False)  # fmt: skip
+                    moved = torch.where(near < e - a, near + a, near - (e - a) + N)
+                    parts.append([*values, near.where(near < 0, moved)])
+                out = [torch.cat(x, 2 if x[0].ndim == 3 and n != 2 else 1) if x[0].ndim == 2 else torch.cat(x, 1)
+                       for n, x in enumerate(zip(*parts, strict=True))]  # fmt: skip
+        torch.manual_seed(3)
+        total = sum((x * torch.randn(x.shape, **real)).sum() for x in out[:4])
+        return [*out, *torch.autograd.grad(total, list(leaves.values()))]
+
+    for a, b in zip(run(True, backend), run(False, "reference"), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", backends("flow_attention"))
+def test_attention_causal_within_a_set(backend):
+    ptr = offsets([6, 0, 11])
+    states, positions = torch.randn(17, 5, device=DEVICE), torch.randn(17, 2, device=DEVICE)
+    weight = torch.randn(2, 5, device=DEVICE)
+    other = states.clone()
+    other[4:6] += 1
+    other[10:] -= 1
+    with dk.use_backend(backend):
+        a, b = (dk.flow_attention(s, positions, weight, s, 0.8, 3, causal=True, ptr=ptr)[0] for s in (states, other))
+    assert same_bits(a[:4], b[:4]) and same_bits(a[6:10], b[6:10]) and not torch.equal(a[4:6], b[4:6])
+
+
+# ---- what compilers ask ---------------------------------------------------------------------------------------------
+@pytest.mark.skipif(INTERPRETED, reason="not about Triton kernels")
+def test_opcheck_and_compile():
+    ptr = offsets([3, 0, 8])
+    x = torch.randn(1, 11, 2, device=DEVICE, requires_grad=True)
+    backend = dk._backends.choose("knn", DEVICE)
+    torch.library.opcheck(
+        torch.ops.dfn.knn, (x, None, None, None, 3, True, True, True, None, 0, backend, ptr, None)
+    )
+    torch.library.opcheck(
+        torch.ops.dfn.knn, (x, x.detach(), None, None, 3, False, True, True, None, 0, backend, ptr, ptr)
+    )
+    for causal in (False, True):
+        energy = torch.rand(2, 11, device=DEVICE, requires_grad=True)
+        torch.library.opcheck(torch.ops.dfn.set_means, (energy, ptr, causal, backend))
+
+    def layer(states, positions, weight):
+        context, drift, near = dk.flow_attention(states, positions, weight, states, 0.8, 3, causal=True, ptr=ptr)
+        return dk.flow_norm(context, drift.energy, mode="causal", ptr=ptr), near.indices
+
+    inputs = torch.randn(11, 5, device=DEVICE), torch.randn(11, 2, device=DEVICE), torch.randn(2, 5, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(layer(*inputs), compiled(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_norm_and_attention_name_bad_offsets():
+    x = torch.randn(5, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="flow_norm: lengths must be None with ptr"):
+        dk.flow_norm(x, x[:, 0], lengths=torch.tensor(3, device=DEVICE), ptr=offsets([5]))
+    with pytest.raises(ValueError, match="flow_attention: lengths must be None with ptr"):
+        dk.flow_attention(x, x, x.new_ones(2, 2), x, 1.0, 1, lengths=torch.tensor(3, device=DEVICE), ptr=offsets([5]))
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="flow_norm: ptr must go from 0 to the number of rows, 5, got 0 to 4"):
+            dk.flow_norm(x, x[:, 0].square(), ptr=offsets([4]))
+        with pytest.raises(ValueError, match="ptr must go from 0 to the number of rows, 5, got 0 to 4"):
+            dk.flow_attention(x, x, x.new_ones(2, 2), x, 1.0, 1, ptr=offsets([4]))

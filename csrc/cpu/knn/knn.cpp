@@ -9,24 +9,13 @@
 #include <vector>
 
 #include "common/tensors.h"
+#include "cpu/common/torch_pool.h"
 #include "cpu/knn/engine.h"
 
 namespace dfn {
 namespace {
 
 using torch::stable::new_empty;
-using torch::stable::parallel_for;
-
-knn::Pool torch_pool() {
-  knn::Pool pool;
-  pool.threads = static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads()));
-  pool.run = [](int count, const std::function<void(int)>& body) {
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
-    });
-  };
-  return pool;
-}
 
 // Which of the rows [B, N] and [B, M] belong together. Without offsets a batch entry is one set, as long as `lengths`
 // says; with offsets, which all entries share, it is several, one after another.
@@ -64,15 +53,6 @@ void fill_padding(knn::Request<T>& r, int64_t rows) {
 
 const int64_t* ints(const std::optional<Tensor>& x) {
   return x ? static_cast<const int64_t*>(x->data_ptr()) : nullptr;
-}
-
-void check_offsets(const Tensor& ptr, const char* name, int64_t n) {
-  STD_TORCH_CHECK(ptr.dim() == 1 && ptr.size(0) >= 1, name, ": expected [S + 1]");
-  check_dense(ptr, name, ScalarType::Long, {ptr.size(0)});
-  const int64_t *at = static_cast<const int64_t*>(ptr.data_ptr()), S = ptr.size(0) - 1;
-  bool ascends = at[0] == 0 && at[S] == n;
-  for (int64_t s = 0; s < S; ++s) ascends &= at[s] <= at[s + 1];
-  STD_TORCH_CHECK(ascends, name, ": expected to ascend from 0 to ", n);
 }
 
 // What a KNNIndex has had built, one per batch entry; null where a grid does not pay.
