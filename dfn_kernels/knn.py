@@ -98,6 +98,8 @@ def _op(
     backend: str,
     ptr: Tensor | None = None,  # [S + 1], of the points; without it lengths count
     query_ptr: Tensor | None = None,  # [S + 1], of the queries
+    within: float | None = None,  # only distances below count
+    absolute: bool = False,  # sums of absolute differences instead of squares
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
     points, queries, lengths, query_lengths, ptr, query_ptr = (
         None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, ptr, query_ptr)
@@ -108,8 +110,8 @@ def _op(
         if check:
             _check_values(points, queries, lengths, query_lengths)
     arguments = points, queries, lengths, query_lengths, k, causal, include_self
-    if backend == "reference":
-        indices, sq_dists = reference(*arguments, ptr, query_ptr)
+    if backend == "reference" or absolute and backend != "native":
+        indices, sq_dists = reference(*arguments, ptr, query_ptr, absolute)
     elif backend == "triton" and ptr is not None:
         from .triton.packed_knn import knn as packed_knn
 
@@ -119,7 +121,11 @@ def _op(
 
         indices, sq_dists = triton_knn(*arguments, None if warm is None else warm.contiguous(), index)
     else:
-        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index, ptr, query_ptr)
+        indices, sq_dists = torch.ops.dfn_cpu.knn(*arguments, index, ptr, query_ptr, within, absolute)
+        within = None  # heeded by the search
+    if within is not None:
+        near = sq_dists < within
+        indices, sq_dists = indices.where(near, -1), sq_dists.where(near, torch.inf)
     return sq_dists, indices
 
 
@@ -133,17 +139,21 @@ def _(points, queries, lengths, query_lengths, k, causal, include_self, check, w
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     points, queries = inputs[:2]
+    ctx.absolute = inputs[-1]
     ctx.save_for_backward(points, queries, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _):
-    """d |q - p|^2 = 2 (q - p) (dq - dp), in differentiable operations: the second derivative is right, too."""
+    """d |q - p|^2 = 2 (q - p) (dq - dp), in differentiable operations: the second derivative is right, too.
+
+    Of absolute differences sign(q - p) (dq - dp), 0 where they are equal.
+    """
     points, queries, indices = ctx.saved_tensors
     own = queries is None
     B, N, D = points.shape
     M, k = indices.shape[1:]
-    nothing = (None,) * 11
+    nothing = (None,) * 13
     if grad is None or N == 0:
         return (None, None, *nothing)
     present = (indices >= 0).unsqueeze(-1)
@@ -151,7 +161,8 @@ def _backward(ctx, grad, _):
     flat = (indices.clamp(min=0) + offset).flatten()
     neighbors = points.reshape(B * N, D).index_select(0, flat).view(B, M, k, D)
     step = ((points if own else queries).unsqueeze(2) - neighbors).where(present, 0)
-    pull = 2 * grad.unsqueeze(-1).where(present, 0) * step  # [B, M, k, D]
+    slope = step.sign() if ctx.absolute else 2 * step
+    pull = grad.unsqueeze(-1).where(present, 0) * slope  # [B, M, k, D]
     to_queries = pull.sum(2)
     to_points = torch.zeros_like(points).reshape(B * N, D).index_add(0, flat, -pull.reshape(-1, D)).view(B, N, D)
     if own:
@@ -237,7 +248,7 @@ def knn(
 
 def _search(
     positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None, ptr=None,
-    query_ptr=None,
+    query_ptr=None, within=None, absolute=False,
 ) -> Neighbors:  # fmt: skip
     backend = _backends.choose(OP, positions.device.type)
     real = compute_dtype(positions, queries)
@@ -253,7 +264,7 @@ def _search(
         k, bool(causal), bool(include_self), bool(check),
         None if warm is None else warm.reshape(B, M, k),
         (grids or {}).get(backend, 0),
-        backend, ptr, query_ptr,
+        backend, ptr, query_ptr, within, absolute,
     )  # fmt: skip
     return Neighbors(indices.view(*lead, M, k), sq_dists.view(*lead, M, k))
 

@@ -12,7 +12,7 @@ from dfn_kernels.packed import offsets_of_batch, place_in_set, set_of_rows
 BACKENDS = backends("knn")
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 # Empty ones first, last and between; one of a single row; one that takes the grid among small ones.
-SIZES = [0, 1, 5, 0, 0, 17, 2, 23, 0] if INTERPRETED else [0, 3, 1, 0, 17, 0, 0, 40, 800, 2, 0]
+SIZES = [0, 1, 5, 0, 0, 9, 2, 0] if INTERPRETED else [0, 3, 1, 0, 17, 0, 0, 40, 800, 2, 0]
 
 
 def offsets(sizes):
@@ -44,6 +44,8 @@ def check(backend, positions, k, ptr, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mask", MASKS)
 def test_knn_is_each_set_alone(backend, dtype, mask):
+    if INTERPRETED and dtype == torch.float64 and mask != MASKS[3]:
+        pytest.skip("a minute in the interpreter")
     ptr = offsets(SIZES)
     for D, k in ((2, 5),) if INTERPRETED else ((1, 1), (2, 5), (3, 16), (9, 70)):
         positions = torch.randn(int(ptr[-1]), D, dtype=dtype, device=DEVICE).round(decimals=1)
@@ -108,6 +110,8 @@ def test_one_huge_among_thousands(threads):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_gradients_of_distances(backend):
+    if INTERPRETED:
+        pytest.skip("the same PyTorch for every backend")
     ptr, query_ptr = offsets([3, 0, 4]), offsets([2, 1, 3])
     positions = torch.randn(7, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
     queries = torch.randn(6, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)

@@ -99,6 +99,7 @@ Search<T> basic(const Request<T>& r) {
   s.self_allowed = r.include_self;
   s.mask = r.causal ? Mask::limit : r.include_self ? Mask::all : Mask::not_self;
   s.absolute = r.absolute;
+  s.within = r.within;
   s.first_id = r.first_id;
   s.out_ids = r.ids;
   s.out_dists = r.dists;

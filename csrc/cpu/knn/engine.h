@@ -5,6 +5,7 @@
 // finite or its distance overflows.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -27,6 +28,7 @@ struct Request {
   bool causal = false;  // only points with id <= the query's
   bool include_self = true;
   bool absolute = false;  // by sums of absolute differences; neither causal nor without self
+  T within = std::numeric_limits<T>::infinity();  // only points nearer than that count
   int64_t first_id = 0;   // of the points, in the output
   int64_t* ids;         // [m][k]
   T* dists;             // [m][k]

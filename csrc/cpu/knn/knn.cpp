@@ -71,7 +71,7 @@ int64_t next_index = 1;
 
 template <class T>
 void run(const Tensor& points, const std::optional<Tensor>& queries, const Sets& sets, int64_t k, bool causal,
-         bool include_self, bool absolute, const Grids<T>* grids, Tensor& ids, Tensor& dists) {
+         bool include_self, std::optional<double> within, bool absolute, const Grids<T>* grids, Tensor& ids, Tensor& dists) {
   const int64_t N = sets.N, M = sets.M, D = points.size(2);
   const knn::Pool pool = torch_pool();
   auto request = [&](const Sets::Set& set) {
@@ -85,6 +85,7 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const Sets&
     r.causal = causal;
     r.include_self = include_self;
     r.absolute = absolute;
+    if (within) r.within = static_cast<T>(*within);
     r.first_id = set.first;
     r.ids = static_cast<int64_t*>(ids.data_ptr()) + (set.b * M + set.first_query) * k;
     r.dists = static_cast<T*>(dists.data_ptr()) + (set.b * M + set.first_query) * k;
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
                                   const std::optional<Tensor>& lengths, const std::optional<Tensor>& query_lengths,
                                   int64_t k, bool causal, bool include_self, int64_t index,
                                   const std::optional<Tensor>& ptr, const std::optional<Tensor>& query_ptr,
-                                  bool absolute) {
+                                  std::optional<double> within, bool absolute) {
   STD_TORCH_CHECK(points.dim() == 3, "points: expected 3 dimensions");
   const int64_t B = points.size(0), N = points.size(1), D = points.size(2);
   const ScalarType real = points.scalar_type();
@@ -165,9 +166,9 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
     if (at != indexes.end() && at->second->points.data_ptr() == points.data_ptr()) built = at->second;
   }
   if (real == ScalarType::Float)
-    run<float>(points, queries, sets, k, causal, include_self, absolute, built ? &built->f32 : nullptr, ids, dists);
+    run<float>(points, queries, sets, k, causal, include_self, within, absolute, built ? &built->f32 : nullptr, ids, dists);
   else
-    run<double>(points, queries, sets, k, causal, include_self, absolute, built ? &built->f64 : nullptr, ids, dists);
+    run<double>(points, queries, sets, k, causal, include_self, within, absolute, built ? &built->f64 : nullptr, ids, dists);
   return {ids, dists};
 }
 
@@ -215,7 +216,8 @@ void knn_forget(int64_t index) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cpu, m) {
   m.def("knn(Tensor points, Tensor? queries, Tensor? lengths, Tensor? query_lengths, int k, bool causal, "
-        "bool include_self, int index=0, Tensor? ptr=None, Tensor? query_ptr=None, bool absolute=False) "
+        "bool include_self, int index=0, Tensor? ptr=None, Tensor? query_ptr=None, "
+        "float? within=None, bool absolute=False) "
         "-> (Tensor, Tensor)");
   m.def("knn_index(Tensor points, Tensor? lengths, Tensor? ptr=None) -> int");
   m.def("knn_forget(int index) -> ()");

@@ -44,6 +44,7 @@ struct Search {
   Mask mask;
   bool absolute;         // sums of absolute differences instead of squares; with Mask::all only
   bool self_allowed;     // for Mask::limit: limit = id, else id - 1
+  T within;              // only points nearer than that count
   int k;                 // columns of the output
   int64_t first_id;      // added to the ids that are written
   int64_t* out_ids;      // [ids][k]

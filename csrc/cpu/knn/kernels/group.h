@@ -99,7 +99,7 @@ static void flush(const Worker<T>& w, Group<T>& g, int h, int count, bool strict
 }
 
 template <class T>
-DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
+DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed, T within) {
   g.halves = g.count > kLanes ? 2 : 1;
   for (int i = g.count; i < kGroup; ++i) g.id[i] = g.id[g.count - 1];
   for (int h = 0; h < g.halves; ++h) {
@@ -107,7 +107,7 @@ DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
     typename BitsOf<T>::type self[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const uint32_t id = g.id[h * kLanes + l];
-      reach[l] = (T)__builtin_inff();
+      reach[l] = within;
       self[l] = (typename BitsOf<T>::type)id - (mask == Mask::limit && !self_allowed ? 1 : 0);
     }
     __builtin_memcpy(&g.self[h], self, sizeof self);
@@ -128,8 +128,9 @@ DFN_INLINE void finish(const Worker<T>& w, Group<T>& g, bool strict, const Searc
       for (int j = 0; j < w.k; ++j) {
         const double* key = best + j * kRow<T>;
         const T d = key_distance(key, l, T());
-        s.out_ids[row + j] = d < (T)__builtin_inff() ? s.first_id + (int64_t)key_id(key, l, T()) : -1;
-        s.out_dists[row + j] = d;
+        const bool found = d < s.within;  // the lanes share their candidates
+        s.out_ids[row + j] = found ? s.first_id + (int64_t)key_id(key, l, T()) : -1;
+        s.out_dists[row + j] = found ? d : (T)__builtin_inff();
       }
     }
   }

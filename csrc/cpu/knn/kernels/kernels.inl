@@ -55,7 +55,7 @@ static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const
     }
     if (g.count == 0) continue;
     for (int i = g.count; i < kGroup; ++i) place[i] = place[g.count - 1];
-    start(g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed, s.within);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];
@@ -85,7 +85,7 @@ static void scan_points(const Search<T>& s, uint32_t begin, uint32_t end, const 
   for (uint32_t at = begin; at < end; at += g.count) {
     g.count = end - at < kGroup ? end - at : kGroup;
     for (int i = 0; i < g.count; ++i) g.id[i] = queries.ids[at + i];
-    start(g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed, s.within);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];
