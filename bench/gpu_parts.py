@@ -28,8 +28,9 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
+from .gpu_profile import profiled_cases
 from .measure import run_case
-from .timing import ceilings
+from .timing import captured, ceilings
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.bfloat16)
@@ -180,24 +181,16 @@ def graphs(device: str = "cuda") -> str:
 
     def check(case, backend, dtype):
         step = Step(case, backend, dtype, device, case.small)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, replayed = captured(step)
         for _ in range(2):
             step.refresh()
             eager = [x.clone() for x in step()]
-            for x in captured:
+            for x in replayed:
                 x.zero_()
             torch.manual_seed(1)
             graph.replay()
             torch.cuda.synchronize()
-            if not same_bits(captured, eager):
+            if not same_bits(replayed, eager):
                 return "a replay gives other bits than an eager run"
 
     return each(variants(device, ops()), check)
@@ -457,7 +450,8 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark, "profiled": profiled,
+    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
+    "profile": profiled_cases, "profiled": profiled,
     "counters": counters,
 }  # fmt: skip
 

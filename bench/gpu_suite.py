@@ -1,7 +1,14 @@
-"""The GPU suite: tests, sanitizers, CUDA graphs, compile, determinism, benchmark, counters, training, in one command.
+"""The GPU suite: what only a GPU can tell, in pieces that fit a lease of minutes.
 
-Every part is a process of its own with a time limit; one that fails stops no other. The checks run several at a time,
-the measurements alone afterwards. What the parts do is in gpu_parts.py; this file needs nothing but Python.
+    bash bench/gpu_suite.sh OUT --minutes 4                     checks: tests, CUDA graphs, determinism, compile, models
+    bash bench/gpu_suite.sh OUT --minutes 5 --only benchmark    every case beside its best peer, and the goals
+    bash bench/gpu_suite.sh OUT --only profile                  kernels by time, launches, graph replay, host time
+    bash bench/gpu_suite.sh OUT --only train                    training steps at long lengths
+    bash bench/gpu_suite.sh OUT --only sanitize                 compute-sanitizer over every op; counters: ncu
+
+First it builds what the machine lacks (gpu_build.py). Every part is a process of its own with a time limit; one that
+fails stops no other. The checks run several at a time, the measurements alone. What the parts do is in gpu_parts.py;
+this file needs nothing but Python.
 
 Written to OUT, after every part anew: summary.txt (a line a part), results.json, log.txt (all output), and what the
 benchmark writes. Exit status: 0 if no part failed, 1 if one did, 3 if PyTorch sees no GPU here.
@@ -24,8 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # the exit status of a part that cannot run here; its last line says why
 NO_GPU = 3
-# Tests of what does not depend on the device: compilers, packaging, this suite.
-NOT_ON_GPU = ("test_aot", "test_cuda_build", "test_package", "test_gpu_suite", "test_bench", "test_distributed")
+# Tests of what does not depend on the device: compilers, emulated kernels, processes on the CPU (and tests/package).
+NOT_ON_GPU = ("test_aot", "test_cuda_emulated", "test_cuda_emulated_sm90", "test_distributed")
 LOG_BYTES = 400_000  # kept of each part's output, from its end
 
 
@@ -34,6 +41,7 @@ class Part:
     name: str
     command: tuple[str, ...]
     limit: float  # seconds
+    group: str = "checks"  # what --only chooses by; checks alone run without it
     alone: bool = False  # a measurement: nothing else runs meanwhile
     missing: str | None = None  # why it cannot run here
     skip_codes: tuple[int, ...] = (SKIPPED,)
@@ -68,20 +76,23 @@ def all_parts(out: Path) -> list[Part]:
     ]
     for kind in ("memcheck", "racecheck", "initcheck"):
         absent = None if sanitizer else "compute-sanitizer is not installed"
-        parts.append(Part(kind, own("sanitize", str(sanitizer), kind), 240, missing=absent))
-    for path in sorted((ROOT / "tests").glob("*/test_*.py")):
+        parts.append(Part(kind, own("sanitize", str(sanitizer), kind), 240, "sanitize", missing=absent))
+    for path in sorted((ROOT / "tests").glob("[dk]*/test_*.py")):  # dfn and kernels
         if path.stem not in NOT_ON_GPU:
             command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short",
                        "--maxfail=40", "-rfE", str(path))  # fmt: skip
-            parts.append(
-                Part(f"tests/{path.parent.name}/{path.name}", command, 240, skip_codes=(SKIPPED, 5))
-            )  # 5: nothing to run
+            name = str(path.relative_to(ROOT))
+            parts.append(Part(name, command, 200, skip_codes=(SKIPPED, 5)))  # 5: nothing to run
     absent = None if counters else "ncu is not installed"
     return parts + [
-        Part("train", own("train"), 80, alone=True),
-        Part("benchmark", own("benchmark", str(out)), 110, alone=True),
-        Part("counters", own("counters", str(counters)), 60, alone=True, missing=absent),
+        Part("train", own("train"), 120, "train", alone=True),
+        Part("benchmark", own("benchmark", str(out)), 280, "benchmark", alone=True),
+        Part("profile", own("profile"), 150, "profile", alone=True),
+        Part("counters", own("counters", str(counters)), 60, "counters", alone=True, missing=absent),
     ]
+
+
+BUILD = Part("build", (sys.executable, "-m", "bench.gpu_build"), 60)
 
 
 # ---- running them ---------------------------------------------------------------------------------------------------
@@ -171,7 +182,7 @@ class Report:
 
 
 def line(outcome: Outcome) -> str:
-    return f"{outcome.status:8}{outcome.name:32}{outcome.seconds:7.1f} s  {outcome.reason[:200]}".rstrip()
+    return f"{outcome.status:8}{outcome.name:44}{outcome.seconds:7.1f} s  {outcome.reason[:200]}".rstrip()
 
 
 def run_all(parts: list[Part], report: Report, seconds: float, jobs: int) -> None:
@@ -193,29 +204,32 @@ def run_all(parts: list[Part], report: Report, seconds: float, jobs: int) -> Non
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_suite.sh", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", help="folder for the results")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=520.0, help="for everything together (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="checks at a time")
+    parser.add_argument("--only", nargs="+", default=["checks"], metavar="NAME",
+                        help="groups (checks, benchmark, profile, train, sanitize, counters), or parts whose name "
+                        "contains one of these (default: checks)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=4.0, help="for everything together (default: %(default)g)")
+    parser.add_argument("--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="checks at a time")
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     given = parser.parse_args(argv)
     if given.out is None and not given.list:
         parser.error("OUT is missing: the folder for the results")
-    if given.jobs < 1 or not given.seconds > 0:
-        parser.error("--jobs and --seconds must be positive")
+    if given.jobs < 1 or not given.minutes > 0:
+        parser.error("--jobs and --minutes must be positive")
     out = (given.out or Path(".")).resolve()
     known = all_parts(out)
-    parts = [p for p in known if not given.only or any(name in p.name for name in given.only)]
+    parts = [p for p in known if p.group in given.only or any(name in p.name for name in given.only)]
     if not parts:
         parser.error(f"no part has one of {given.only} in its name; there are: {', '.join(p.name for p in known)}")
     if given.list:
-        print("\n".join(f"{part.name:32}{part.limit:4.0f} s  {part.missing or ''}".rstrip() for part in parts))
+        print("\n".join(f"{part.name:44}{part.limit:4.0f} s  {part.missing or ''}".rstrip() for part in parts))
         return 0
-    report = Report(out)
-    report.add(run_part(Part("environment", own("environment"), 60), min(60, given.seconds)))
+    report, seconds = Report(out), 60 * given.minutes
+    report.add(run_part(Part("environment", own("environment"), 60), min(60, seconds)))
     if report.outcomes[0].status != "ok":
         print(f"gpu_suite: skipped, nothing was run: {report.outcomes[0].reason}")
         return NO_GPU
-    run_all(parts, report, given.seconds, given.jobs)
+    report.add(run_part(BUILD, min(BUILD.limit, seconds)))
+    run_all(parts, report, seconds, given.jobs)
     print(f"\n{report.summary()}\nresults in {out}")
     return 1 if report.count("failed") else 0
 

@@ -129,10 +129,14 @@ def readme_table(path: Path) -> str:
 
 
 def update_readme(result: Path, readme: Path) -> None:
-    """Replaces what stands between the marks in the README."""
-    text = readme.read_text()
-    begin, end = (text.index(mark) for mark in README_MARKS)
-    readme.write_text(text[: begin + len(README_MARKS[0])] + "\n" + readme_table(result) + text[end:])
+    put_between(readme, README_MARKS, readme_table(result))
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replaces what stands between the marks on a page."""
+    whole = page.read_text()
+    begin, end = (whole.index(mark) for mark in marks)
+    page.write_text(whole[: begin + len(marks[0])] + "\n" + text + whole[end:])
 
 
 def compare(before: Path, after: Path) -> str:

@@ -57,6 +57,20 @@ def _timer(device: str) -> Callable[[Callable[[], object]], float]:
     return on_gpu
 
 
+def captured(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of one run, after three to warm up, and what the captured run gave."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
 def ceilings(device: str, small: bool = False) -> dict[str, float]:
     """What this machine reaches at best: GB/s of a copy (read and written bytes), TFLOP/s of products by dtype."""
     # a copy beyond any cache, a product large enough to be bound by arithmetic

@@ -90,6 +90,50 @@ def check_against_reference(op, inputs: dict, backend: str) -> None:
     assert any(x.abs().sum() > 0 for name, x in exact.items() if name != "output"), "the test's gradients are all zero"
 
 
+def check_compiled(layer, compiled, arguments: list, backend: str = "native") -> None:
+    """``compiled(*arguments)`` and its gradients, held against ``layer(*arguments)`` as `check_against_reference` does.
+
+    A compiler fuses and reorders: the two differ by rounding, by how much depends on the processor. The yardstick is
+    how far the eager float32 result is from the reference in float64, or what the exact one moves by when every input
+    moves by two units in the last place, if that is more.
+    """
+
+    def run(function, arguments: list, grad: Tensor, backend: str) -> list[Tensor]:
+        named = leaves(dict(enumerate(arguments)))
+        with dfn_kernels.use_backend(backend):
+            out = function(*named.values())
+            wanted = [x for x in named.values() if isinstance(x, Tensor) and x.requires_grad]
+            grads = torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True)
+        return [out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True))]
+
+    with dfn_kernels.use_backend("reference"):
+        grad = torch.randn_like(layer(*arguments))
+    unit = 2 * torch.finfo(torch.float32).eps
+    doubles = {i: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for i, x in enumerate(arguments)}
+    exact = run(layer, list(doubles.values()), grad, "reference")
+    close = [nudged({**doubles, "grad": grad.double()}, unit) for _ in range(6)]
+    others = [run(layer, list(x.values())[:-1], x["grad"], "reference") for x in close]
+    eager = run(layer, arguments, grad, backend)
+    for i, ours in enumerate(run(compiled, arguments, grad, backend)):
+        yardstick = max(distance(x[i], exact[i]) for x in (eager, *others))
+        assert_accurate(ours, exact[i], yardstick, f"gradient {i}" if i else "output")
+
+
+def check_compiled_module(module: torch.nn.Module, chosen, *inputs: Tensor) -> None:
+    """`check_compiled` of ``chosen(module(*inputs))`` with the gradients of its parameters.
+
+    aot_eager traces forward and backward as every backend does, without waiting for a C++ compiler.
+    """
+    names = list(dict(module.named_parameters()))
+
+    def layer(*arguments):
+        given = dict(zip(names, arguments[: len(names)], strict=True))
+        return chosen(torch.func.functional_call(module, given, arguments[len(names) :]))
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    check_compiled(layer, compiled, [*(p.detach() for p in module.parameters()), *inputs])
+
+
 def bits(x: Tensor) -> Tensor:
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(kind)

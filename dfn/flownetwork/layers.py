@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dfn_kernels import BlockDensity, low_rank_route, pattern_route
 from dfn_kernels.pattern_route import route as route_some_blocks
 
+from ..training.losses import wide
 from .metrics import FlowMetrics
 from .quantized import quantized_router
 
@@ -90,8 +91,8 @@ class AdaptiveFlowRouter(nn.Module):
             self.block_share = torch.full((), chosen.share, device=chosen.blocks.device)
 
     def weights(self, x: Tensor) -> Tensor:
-        """``[.., I] -> [.., P]``, in float32 under autocast."""
-        return self.int8(x)[1] if self.int8 is not None else self.pattern_selector(x).float().softmax(-1)
+        """``[.., I] -> [.., P]``, in float32 under autocast and for half precision, in float64 for float64."""
+        return self.int8(x)[1] if self.int8 is not None else wide(self.pattern_selector(x)).softmax(-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
         w = self.weights(x)

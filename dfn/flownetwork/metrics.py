@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..training.losses import wide
+
 
 @dataclass(frozen=True)
 class FlowMetrics:
@@ -29,12 +31,12 @@ class FlowMetrics:
     @property
     def entropy(self) -> Tensor:
         """Mean over tokens of the entropy of their weights, in bits: low where each token is sure of its pattern."""
-        return _bits(self.weights.float()).mean()
+        return _bits(wide(self.weights)).mean()
 
     @property
     def usage(self) -> Tensor:
         """``[P]``, the mean weight of each pattern."""
-        return self.weights.float().mean(0)
+        return wide(self.weights).mean(0)
 
     @property
     def usage_entropy(self) -> Tensor:
@@ -49,7 +51,7 @@ class FlowMetrics:
     @property
     def gate(self) -> Tensor | None:
         """Mean of the layer's gate, where there is one."""
-        return None if self.gates is None else self.gates.float().mean()
+        return None if self.gates is None else wide(self.gates).mean()
 
     def summary(self) -> dict[str, float]:
         """Plain numbers, for printing; waits for the device."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layers import FlowMixer
+from ..training.losses import language_modelling
 from .layers import AdaptiveFlowRouter, FlowLayer
 from .metrics import FlowMetrics, NetworkMetrics
 from .vocabulary_loss import vocabulary_logits, vocabulary_loss
@@ -85,14 +86,14 @@ class FlowNetwork(nn.Module):
         return (vocabulary_logits(h, self.embedding.weight) if self.tie_output else h), metrics
 
     def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, NetworkMetrics]:
-        """Mean cross-entropy of the logits in nats, float32, and metrics; targets int64 ``[B, N]``.
+        """Mean cross-entropy of the logits in nats, at least float32, and metrics; targets int64 ``[B, N]``.
 
         With `tie_output` by `vocabulary_loss`, which takes less time and memory than logits and their cross-entropy.
         """
         h, metrics = self._states(ids)
         if self.tie_output:
             return vocabulary_loss(h, self.embedding.weight, targets), metrics
-        return nn.functional.cross_entropy(h.flatten(0, 1).float(), targets.flatten()), metrics
+        return language_modelling(h, targets), metrics
 
     def _states(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
         """What the output layer returns."""

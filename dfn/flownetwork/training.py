@@ -4,9 +4,10 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ..training.losses import language_modelling
 
 REFRESH = 20  # batches between two choices of the blocks
 
@@ -31,7 +32,7 @@ def token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, 
     if hasattr(model, "loss"):
         return model.loss(ids, targets)
     logits, metrics = model(ids)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), metrics
+    return language_modelling(logits, targets), metrics
 
 
 def train_flow_network(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.losses import wide
 from .decoding import Decoder
 from .layers import DFNBlock, EntityPositions
 from .memory import MemoryState, PersistentFieldMemory
@@ -105,7 +106,7 @@ class DFNLanguageModel(nn.Module):
         decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
         for end in range(N, N + max_new_tokens):
             logits = decoder(out[:, end - 1 : end] if end > N else ids)
-            out[:, end] = sample(logits.float(), temperature, top_k, generator)
+            out[:, end] = sample(wide(logits), temperature, top_k, generator)
         return out
 
 

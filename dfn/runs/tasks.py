@@ -13,7 +13,7 @@ from ..fields.sampler import Entities
 from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.memory import MemoryState
-from ..training.losses import contrastive, field_reconstruction, mean_state_loss
+from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus
 from ..training.trainer import language_model_loss, map_tensors
 from . import bits, digits, joint
@@ -117,7 +117,7 @@ class Text(Task):
         if not (model.training and self.options.memory_size):
             return language_model_loss(model, batch)
         logits, self.memory = model(batch[0], self.memory)
-        return nn.functional.cross_entropy(logits.float().flatten(0, -2), batch[1].flatten())
+        return language_modelling(logits, batch[1])
 
     def figures(self, model):
         held_out = self.corpus.held_out

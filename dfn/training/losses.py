@@ -4,13 +4,18 @@ import torch
 from torch import Tensor, nn
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32 for what is narrower; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def language_modelling(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of ``-log softmax(logits_i)[target_i]`` over the positions, in nats.
 
-    ``logits [B, N, V]``, ``targets`` int64 ``[B, N]``; a target of -100 does not count. 0-d float32.
+    ``logits [B, N, V]``, ``targets`` int64 ``[B, N]``; a target of -100 does not count. 0-d, at least float32.
     """
     _shape("language_modelling", "targets", targets, tuple(logits.shape[:-1]))
-    return nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    return nn.functional.cross_entropy(wide(logits).flatten(0, -2), targets.flatten())
 
 
 class MeanStateHead(nn.Module):
@@ -42,7 +47,7 @@ def mean_state(states: Tensor, influence: Tensor | None = None, lengths: Tensor 
 def mean_state_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of ``softmax(W_o mean(s))``, in nats: ``logits [B, V]`` of a `MeanStateHead`, ``targets [B]``."""
     _shape("mean_state_loss", "targets", targets, tuple(logits.shape[:1]))
-    return nn.functional.cross_entropy(logits.float(), targets)
+    return nn.functional.cross_entropy(wide(logits), targets)
 
 
 def field_reconstruction(
@@ -54,13 +59,13 @@ def field_reconstruction(
     ``influence [B, N]`` as a sampler gives it. 0 where nothing is hidden.
     """
     _shape("field_reconstruction", "wanted", wanted, tuple(found.shape))
-    weight = torch.ones(found.shape[:2], device=found.device) if influence is None else influence.float()
+    weight = wide(found).new_ones(found.shape[:2]) if influence is None else wide(influence)
     if hidden is not None:
         if hidden.dtype != torch.bool:
             raise TypeError(f"field_reconstruction: hidden must be bool, got {hidden.dtype}")
         _shape("field_reconstruction", "hidden", hidden, tuple(found.shape[:2]))
         weight = weight * hidden
-    error = (found.float() - wanted.float()).square().mean(-1)
+    error = (wide(found) - wide(wanted)).square().mean(-1)
     return (weight * error).sum() / weight.sum().clamp(min=1e-12)
 
 
@@ -77,7 +82,7 @@ def contrastive(left: Tensor, right: Tensor, temperature: float = 0.1) -> Tensor
     _shape("contrastive", "right", right, tuple(left.shape))
     if not temperature > 0:
         raise ValueError(f"contrastive: temperature must be positive, got {temperature}")
-    left, right = (nn.functional.normalize(x.float(), dim=-1) for x in (left, right))
+    left, right = (nn.functional.normalize(wide(x), dim=-1) for x in (left, right))
     cosines = left @ right.T / temperature
     same = torch.arange(len(left), device=left.device)
     loss = nn.functional.cross_entropy

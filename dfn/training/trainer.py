@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .losses import language_modelling
+
 
 class NonFiniteLoss(RuntimeError):
     """A loss or a gradient became NaN or infinite: in which step, and where it was first seen."""
@@ -23,8 +25,7 @@ class NonFiniteLoss(RuntimeError):
 def language_model_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count."""
     ids, targets = batch
-    logits = model(ids)[0]
-    return nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    return language_modelling(model(ids)[0], targets)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch):

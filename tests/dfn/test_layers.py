@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DEVICE, same_bits
+from helpers import DEVICE, check_compiled_module, same_bits
 from torch import nn
 
 from dfn.models.layers import (
@@ -261,16 +261,7 @@ def test_compiles_without_graph_breaks(kind):
     module = kind(DIM, k=4, causal=True)
     x = torch.randn(2, 13, DIM)
     inputs = {DFNLayer: (x, torch.randn(2, 13, DIM)), DFNBlock: (x, torch.randn(2, 4, 13, 3)), FlowMixer: (x,)}[kind]
-    # aot_eager traces forward and backward as every backend does, without waiting for a C++ compiler
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    got, want = compiled(*inputs), module(*inputs)
-    got, want = (y if torch.is_tensor(y) else y[0] for y in (got, want))
-    torch.testing.assert_close(got, want)
-    grads = [
-        torch.autograd.grad(y.square().sum(), [p for p in module.parameters()], allow_unused=True) for y in (got, want)
-    ]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+    check_compiled_module(module, lambda y: y if torch.is_tensor(y) else y[0], *inputs)
 
 
 def test_autocast_keeps_positions_exact():

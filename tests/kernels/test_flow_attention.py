@@ -1,6 +1,16 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, INTERPRETED, backends, check_against_reference, leaves, pairs, same_bits
+from helpers import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    backends,
+    check_against_reference,
+    check_compiled,
+    leaves,
+    pairs,
+    same_bits,
+)
 
 import dfn_kernels
 from dfn_kernels import Drift, flow_attention
@@ -231,12 +241,7 @@ def test_compile(backend):
     names = ("states", "positions", "flow_weight", "values", "query_bias", "extra_positions", "extra_values")
     for N in (13, 29):
         i = make(N=N, receiver="bias", extra="head")
-        arguments = [i[n].requires_grad_() for n in names]
-        with dfn_kernels.use_backend(backend):
-            got = torch.autograd.grad(compiled(*arguments), arguments)
-            want = torch.autograd.grad(layer(*arguments), arguments)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
+        check_compiled(layer, compiled, [i[n] for n in names], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,16 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, backends, check_against_reference, leaves, same_bits, value_and_grads
+from helpers import (
+    DEVICE,
+    DTYPES,
+    backends,
+    check_against_reference,
+    check_compiled,
+    leaves,
+    same_bits,
+    value_and_grads,
+)
 
 import dfn_kernels
 from dfn_kernels import Drift, FlowDriftFunction, flow_drift
@@ -195,12 +204,7 @@ def test_compile(backend):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for N in (13, 29):
         i = make(N=N, bias=False)
-        arguments = [i[n].requires_grad_() for n in ("states", "positions", "weight", "alpha")]
-        with dfn_kernels.use_backend(backend):
-            got = torch.autograd.grad(compiled(*arguments), arguments)
-            want = torch.autograd.grad(layer(*arguments), arguments)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
+        check_compiled(layer, compiled, [i[n] for n in ("states", "positions", "weight", "alpha")], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, backends, check_against_reference, leaves, same_bits
+from helpers import DEVICE, DTYPES, backends, check_against_reference, check_compiled, leaves, same_bits
 
 import dfn_kernels
 from dfn_kernels import FlowNormFunction, flow_norm
@@ -177,12 +177,7 @@ def test_compile(backend, mode):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for N in (13, 29):
         i = make(N=N, lengths=True)
-        arguments = [i["states"].requires_grad_(), i["energy"].requires_grad_()]
-        with dfn_kernels.use_backend(backend):
-            got = torch.autograd.grad(compiled(*arguments, i["lengths"]), arguments)
-            want = torch.autograd.grad(layer(*arguments, i["lengths"]), arguments)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
+        check_compiled(layer, compiled, [i[n] for n in ("states", "energy", "lengths")], backend)
 
 
 def test_dtypes():

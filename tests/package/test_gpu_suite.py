@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import INTERPRETED
 
-from bench import gpu_parts, gpu_suite
+from bench import gpu_build, gpu_parts, gpu_profile, gpu_suite
 from bench.cases import CASES
 from bench.gpu_suite import NO_GPU, Outcome, Part, Report, run_all, run_part
 
@@ -112,13 +113,15 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
     fake = [part("fine", "print('fine')"), part("breaks", "raise SystemExit(1)")]
     monkeypatch.setattr(gpu_suite, "all_parts", lambda out: fake)
     monkeypatch.setattr(gpu_suite, "own", lambda *name: (sys.executable, "-c", "print('a GPU')"))
+    monkeypatch.setattr(gpu_suite, "BUILD", part("build", "print('built')"))
     assert gpu_suite.main([str(tmp_path)]) == 1
-    assert "2 ok, 0 skipped, 1 failed" in capsys.readouterr().out
+    assert "3 ok, 0 skipped, 1 failed" in capsys.readouterr().out
     assert gpu_suite.main([str(tmp_path), "--only", "fine"]) == 0
-    assert len(json.loads((tmp_path / "results.json").read_text())["parts"]) == 2  # the environment and one part
+    written = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert [part["name"] for part in written] == ["environment", "build", "fine"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--jobs", "0"], ["x", "--seconds", "-1"], ["x", "--only", "none"]])
+@pytest.mark.parametrize("arguments", [[], ["x", "--jobs", "0"], ["x", "--minutes", "-1"], ["x", "--only", "none"]])
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu_suite.main(arguments)
@@ -142,8 +145,12 @@ def test_every_part_is_known(tmp_path):
     for p in parts:
         if "bench.gpu_parts" in p.command:
             assert p.command[p.command.index("bench.gpu_parts") + 1] in gpu_parts.PARTS
-    kept = sum(p.limit for p in parts if p.alone)
-    assert kept <= 260 and max(p.limit for p in parts) <= 520 - kept
+    assert {p.group for p in parts} == {"checks", "benchmark", "profile", "train", "sanitize", "counters"}
+    assert (
+        max(p.limit for p in parts if p.group == "checks") <= 4 * 60  # the time given by default
+    )  # what a group is given by default, or documented
+    assert max(p.limit for p in parts) <= 5 * 60
+    assert not any(p.alone for p in parts if p.group == "checks")
 
 
 # ---- what the parts do, on a CPU ------------------------------------------------------------------------------------
@@ -203,6 +210,29 @@ def test_benchmark(tmp_path, monkeypatch):
     assert "rows" in gpu_parts.benchmark(str(tmp_path), "cpu", small=True)
     (path,) = tmp_path.glob("*.json")
     assert {row["dtype"] for row in json.loads(path.read_text())["rows"]} == {"float32", "bfloat16"}
+
+
+def test_profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFN_SUITE_FACTS", str(tmp_path / "facts"))
+    cases = [case for case in CASES if case.op in ("flow_norm", "knn")][:2]
+    assert gpu_profile.profiled_cases("cpu", small=True, cases=cases).endswith(" profiled")
+    rows = json.loads((tmp_path / "facts").read_text())
+    assert {row["mode"] for row in rows} >= {"forward"} and all(row["ms"] > 0 and row["launches"] > 0 for row in rows)
+    assert all(row["host_us"] > 0 and row["kernels"][0][1] >= row["kernels"][-1][1] for row in rows)
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_built(tmp_path, monkeypatch):
+    """The host module, by g++ alone, for this Python; and it loads."""
+    monkeypatch.setattr(gpu_build, "host_module", lambda: tmp_path / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
+    assert gpu_build.build_host() == "_host is built"
+    code = "import _host; index = _host.StreamingKNN(1, 2); print(index is not None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+    assert gpu_build.build_host() == "_host is there"
+    assert gpu_build.build_libraries([]) == "the libraries load"
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: None)
+    assert "Triton and the reference take over" in gpu_build.build_libraries(["_C_cuda"])
 
 
 def test_sanitizer_verdict():
