@@ -25,7 +25,7 @@ demo: env
 	$(BIN)/python -m bench.demo $(if $(TEXT),--text $(TEXT))
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route,tests/kernels/test_$(op).py)
+INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route launches routes,tests/kernels/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive

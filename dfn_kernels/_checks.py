@@ -62,3 +62,10 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of positions and sums: float64 if any of these is float64, else float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def shaped(x: Tensor, *shape: int) -> Tensor:
+    """x as `shape`, which only joins or adds dimensions: x itself where it has as many. A view is not free: it takes a
+    microsecond, and more when autograd walks back through it.
+    """
+    return x if x.ndim == len(shape) else x.reshape(shape)

@@ -35,3 +35,18 @@ else:
     CUDA_MISSING = _load("_C_cuda")
 if CUDA_MISSING and "not built:" in CUDA_MISSING:
     CUDA_MISSING += " where nvcc is found (DFN_CUDA=1 insists on it)"
+
+
+class _Overloads:
+    """The ops of a library by name, each looked up once, its only overload at that."""
+
+    def __init__(self, library: str):
+        self._library = library
+
+    def __getattr__(self, name: str) -> torch._ops.OpOverload:
+        found = getattr(getattr(torch.ops, self._library), name).default
+        setattr(self, name, found)
+        return found
+
+
+cpu = _Overloads("dfn_cpu")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._transforms import OpFunction, call
 from .reference.farthest_points import farthest_points as reference
 
@@ -32,7 +32,7 @@ def _launcher(backend: str):
         from .triton.farthest_points import farthest_points
 
         return farthest_points
-    return torch.ops.dfn_cpu.farthest_points
+    return _native.cpu.farthest_points
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------

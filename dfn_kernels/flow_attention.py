@@ -14,6 +14,7 @@ from ._checks import (
     is_number,
     same_device,
 )
+from ._transforms import per_head
 from .flow_drift import Drift, flow_drift
 from .gather_plan import GatherPlan
 from .gaussian_gather import gather_heads
@@ -245,7 +246,7 @@ def flow_attention(
         if x is None:
             return None
         if not isinstance(x, Tensor):
-            return torch.full((H,), x, dtype=real, device=states.device)
+            return per_head(x, H, states, real)
         x = x.to(real)
         return x.expand(H) if after == 0 else x if heads else x[None]
 
@@ -289,7 +290,7 @@ def flow_attention(
         )
 
     def strip(x: Tensor) -> Tensor:
-        x = x if heads else x[:, 0]
-        return x if batched else x[0]
+        x = x if heads else x.squeeze(1)  # whose gradient is a view, not memory filled with zeros
+        return x if batched else x.squeeze(0)
 
     return strip(context), Drift(*map(strip, drift)), Neighbors(*map(strip, neighbors))

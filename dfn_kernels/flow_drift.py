@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_number, same_device
-from ._transforms import OpFunction, call
+from . import _backends, _native
+from ._checks import compute_dtype, has_shape, is_float_tensor, is_number, same_device, shaped
+from ._transforms import OpFunction, call, per_head
 from .reference.flow_drift import flow_drift as reference
 
 _backends.register("flow_drift")
@@ -117,7 +117,7 @@ def _launcher(backend: str):
         from .triton import flow_drift
 
         return flow_drift
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -214,17 +214,21 @@ def flow_drift(
     shared = heads and positions.ndim == states.ndim
     H, D = weight.shape[0] if heads else 1, weight.shape[-2]
     B = lead.numel()
-    positions = positions.to(real).reshape(B, 1 if shared or not heads else H, N, D)
-    if shared:
-        positions = positions.expand(B, H, N, D)
-    states = states.reshape(B, N, d)
-    weight = weight.to(real).reshape(H, D, d)
+    positions = positions.to(real)
+    if shared or not heads:
+        positions = positions.reshape(B, 1, N, D)
+        if shared:
+            positions = positions.expand(B, H, N, D)
+    elif len(lead) != 1:
+        positions = positions.reshape(B, H, N, D)
+    states = shaped(states, B, N, d)
+    weight = shaped(weight.to(real), H, D, d)
     if bias is not None:
-        bias = bias.to(real).reshape(H, D)
+        bias = shaped(bias.to(real), H, D)
     if isinstance(alpha, Tensor):
         alpha = alpha.to(real).expand(H)
     else:
-        alpha = torch.full((H,), alpha, dtype=real, device=states.device)
+        alpha = per_head(alpha, H, states, real)
     if real == torch.float64:
         states = states.double()
 
@@ -233,5 +237,7 @@ def flow_drift(
         out = reference(states, positions, weight, bias, alpha)
     else:
         out = call(_op, FlowDriftFunction, states, positions, weight, bias, alpha, backend)
+    if heads and len(lead) == 1:
+        return Drift(*out)
     shape = (*lead, H, N) if heads else (*lead, N)
     return Drift(out[0].view(*shape, D), out[1].view(*shape, D), out[2].view(shape))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import _backends
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from . import _backends, _native
+from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device, shaped
 from ._transforms import OpFunction, call
 from .packed import check_sets
 from .reference.flow_norm import flow_norm as reference
@@ -77,7 +77,7 @@ def _launcher(backend: str):
         from .triton import flow_norm
 
         return flow_norm
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -159,12 +159,12 @@ def flow_norm(
     real = compute_dtype(states, energy)
     shape, out_dtype = states.shape, states.dtype
     B, (N, d) = shape[:-2].numel(), shape[-2:]
-    states = states.reshape(B, N, d)
+    states = shaped(states, B, N, d)
     if real == torch.float64:
         states = states.double()
-    energy = energy.to(real).reshape(B, N)
+    energy = shaped(energy.to(real), B, N)
     if lengths is not None:
-        lengths = lengths.reshape(B)
+        lengths = shaped(lengths, B)
     if ptr is not None and mode != "entity":  # the pass over the states is that of means which are known
         energy, mode = set_means(energy, ptr, mode == "causal"), "entity"
 
@@ -173,4 +173,4 @@ def flow_norm(
         out = reference(states, energy, lengths, float(eps), mode)
     else:
         out = call(_op, FlowNormFunction, states, energy, lengths, float(eps), mode, backend)
-    return out.to(out_dtype).view(shape)
+    return shaped(out.to(out_dtype), *shape)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, same_device
+from ._transforms import OpFunction, call
 
 OP = "gather_plan"
 # Rows of values that the cache holds need no order, in bytes.
@@ -65,7 +66,15 @@ def _launcher(backend: str):
         from .triton import gather_plan
 
         return gather_plan
-    return torch.ops.dfn_cpu
+    return _native.cpu
+
+
+class _OrderFunction(OpFunction):
+    op = _order_op
+
+
+class _ListsFunction(OpFunction):
+    op = _lists_op
 
 
 def shared_heads(x: Tensor) -> bool:
@@ -78,7 +87,8 @@ def spatial_order(points: Tensor, indices: Tensor, row_bytes: int, backend: str)
     B, H, n, _ = points.shape
     if indices.shape[-1] < 2 or n * row_bytes <= CACHE[backend]:
         return None
-    return _order_op((points[:, :1] if shared_heads(indices) else points).detach(), backend)
+    points = points[:, :1] if shared_heads(indices) else points
+    return call(_order_op, _OrderFunction, points.detach(), backend)
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
@@ -131,10 +141,10 @@ def gather_plan(indices: Tensor, positions: Tensor, query_positions: Tensor | No
 
     def order(points: Tensor) -> Tensor:
         points = points.detach().to(real).reshape(B, H, *points.shape[-2:])
-        return _order_op(points[:, :1] if shared else points, backend)
+        return call(_order_op, _OrderFunction, points[:, :1] if shared else points, backend)
 
     rows = rows[:, :1] if shared else rows
     entity_order = order(positions)
     query_order = entity_order if query_positions is None else order(query_positions)
-    starts, edges = _lists_op(rows, query_order, entity_order, backend)
+    starts, edges = call(_lists_op, _ListsFunction, rows, query_order, entity_order, backend)
     return GatherPlan(indices, query_order, entity_order, starts, edges, backend)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, per_head
 from .gather_plan import GatherPlan, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
@@ -59,7 +59,7 @@ def _as_bhn(x: Tensor | None, lead: int, after: int) -> Tensor | None:
     if x is None:
         return None
     if lead == 0:
-        return x[None, None]
+        return x.view(1, 1, *x.shape)
     return x.unsqueeze(1) if x.ndim == 1 + after else x
 
 
@@ -140,7 +140,7 @@ def _launcher(backend: str, backward: bool = False):
         from .triton import gaussian_gather, gaussian_gather_backward
 
         return gaussian_gather_backward if backward else gaussian_gather
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -179,12 +179,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad
-    asked = dict(zip(WANTED, (*needs[:3], *needs[4:6]), strict=True))
-    wanted = sum(WANTED[name] for name, needed in asked.items() if needed)
+    asked = (*needs[:3], *needs[4:6])
+    wanted = sum(bit for bit, needed in zip(WANTED.values(), asked, strict=True) if needed)
     saved = ctx.saved_tensors  # once: checkpointing lets a tensor be unpacked a single time
     options = ctx.normalize, wanted, ctx.backend
     grads = call(_backward_op, _BackwardFunction, grad, *saved[:6], *options, *saved[6:])
-    grads = [x if needed else None for x, needed in zip(grads, asked.values(), strict=True)]
+    grads = [x if needed else None for x, needed in zip(grads, asked, strict=True)]
     return *grads[:3], None, *grads[3:], *(None,) * 7
 
 
@@ -218,7 +218,7 @@ def gather_heads(
     if isinstance(sigma, Tensor):
         sigma = sigma.to(real).expand(H)
     else:
-        sigma = torch.full((H,), sigma, dtype=real, device=values.device)
+        sigma = per_head(sigma, H, values, real)
     if real == torch.float64:
         values = values.double()
 
@@ -294,4 +294,4 @@ def gaussian_gather(
     queries = positions if query_positions is None else _as_bhn(query_positions, lead, 2)
     plan = plan._replace(indices=_as_bhn(plan.indices, lead, 2))
     out = gather_heads(positions, queries, values, plan, sigma, _as_bhn(influence, lead, 1), normalize)
-    return out if lead == 2 else out[:, 0] if lead == 1 else out[0, 0]
+    return out if lead == 2 else out.squeeze(1) if lead == 1 else out.squeeze((0, 1))

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import _backends
-from ._checks import FLOATS, are_flags, has_shape, is_float_tensor, is_integer, is_number, same_device
+from . import _backends, _native
+from ._checks import FLOATS, are_flags, has_shape, is_float_tensor, is_integer, is_number, same_device, shaped
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
@@ -120,7 +120,7 @@ def _launcher(backend: str, x: Tensor):
 
         return pattern_route
     if x.device.type == "cpu":
-        return torch.ops.dfn_cpu
+        return _native.cpu
     from .cuda import pattern_route as cuda
 
     return cuda
@@ -187,7 +187,10 @@ def per_token(x: Tensor, weights: Tensor, real: torch.dtype) -> tuple[Tensor, Te
     """x as [T, I] and the broadcast weights as [T, P], in `real`."""
     T, I = math.prod(x.shape[:-1]), x.shape[-1]
     P = weights.shape[-1]
-    return x.reshape(T, I), weights.to(real).expand(*x.shape[:-1], P).reshape(T, P)
+    weights = weights.to(real)
+    if weights.shape[:-1] != x.shape[:-1]:
+        weights = weights.expand(*x.shape[:-1], P)
+    return shaped(x, T, I), shaped(weights, T, P)
 
 
 def largest(weights: Tensor, k: int) -> Tensor:
@@ -279,7 +282,7 @@ def route(x, weights, patterns, bias, top_k, density, out_dtype, return_share, b
                 y = reference(x, weights, patterns, bias)
         else:
             y = call(_op, PatternRouteFunction, x, weights, patterns, bias, chosen, blocks, wide, backend)
-    y = y.to(out_dtype).reshape(*lead, O)
+    y = shaped(y.to(out_dtype), *lead, O)
     if not return_share:
         return y
     return y, share if isinstance(share, Tensor) else torch.full((), share, dtype=torch.float32, device=y.device)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import has_shape, is_float_tensor
-from .quantized_route import QuantizedPatterns, is_eager
+from ._transforms import OpFunction, call
+from .quantized_route import QuantizedPatterns
 
 OP = "QuantizedLowRank"
 
@@ -25,12 +26,16 @@ def _op(
     bias: Tensor | None,  # [O] float32
 ) -> tuple[Tensor, Tensor]:  # [T, O] and the weights [T, P], float32
     packed = (down, down_scales, down_sums, selector_bias, up, up_scales, up_sums)
-    return torch.ops.dfn_cpu.quantized_low_rank(x, *packed, bias)
+    return _native.cpu.quantized_low_rank(x, *packed, bias)
 
 
 @_op.register_fake
 def _(x, down, down_scales, down_sums, selector_bias, up, up_scales, up_sums, bias):
     return x.new_empty(x.shape[0], up_scales.shape[1]), x.new_empty(x.shape[0], selector_bias.shape[0])
+
+
+class _Function(OpFunction):
+    op = _op
 
 
 class QuantizedLowRank(nn.Module):
@@ -72,7 +77,7 @@ class QuantizedLowRank(nn.Module):
         if _native.CPU_MISSING is None and x.device.type == "cpu":
             down, up = self.down, self.up
             packed = (down.packed, down.scales, down.sums, self.selector_bias, up.packed, up.scales, up.sums)
-            y, w = (torch.ops.dfn_cpu.quantized_low_rank if is_eager(x) else _op)(tokens, *packed, bias)
+            y, w = call(_op, _Function, tokens, *packed, bias)
         else:
             inner, logits = (tokens @ self.down.dequantize()[0].T).split((self.up.shape[2], P), 1)
             w = (logits + self.selector_bias).softmax(1)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import is_float_tensor
+from ._transforms import OpFunction, call
 from .pattern_route import check_tokens, per_token
 from .reference.pattern_route import pattern_route as reference
 
@@ -21,7 +22,7 @@ def _op(
     sums: Tensor,  # [P, O] int32: of the rows of int8 values
     bias: Tensor | None,  # [O] float32
 ) -> Tensor:  # [T, O] float32
-    return torch.ops.dfn_cpu.quantized_route(x, weights, packed, scales, sums, bias)
+    return _native.cpu.quantized_route(x, weights, packed, scales, sums, bias)
 
 
 @_op.register_fake
@@ -29,9 +30,8 @@ def _(x, weights, packed, scales, sums, bias):
     return x.new_empty(x.shape[0], scales.shape[1])
 
 
-def is_eager(x: Tensor) -> bool:
-    """Nothing is traced, so the kernel can be called without torch.library's 30 us: of weight for single tokens."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+class _Function(OpFunction):
+    op = _op
 
 
 class QuantizedPatterns(nn.Module):
@@ -70,8 +70,7 @@ class QuantizedPatterns(nn.Module):
         tokens, mixture = tokens.float().contiguous(), mixture.contiguous()
         bias = None if bias is None else bias.float().contiguous()
         if _native.CPU_MISSING is None and x.device.type == "cpu":
-            run = torch.ops.dfn_cpu.quantized_route if is_eager(x) else _op
-            y = run(tokens, mixture, self.packed, self.scales, self.sums, bias)
+            y = call(_op, _Function, tokens, mixture, self.packed, self.scales, self.sums, bias)
         else:
             y = reference(tokens, mixture, self.dequantize(), bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], O)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route_density as reference
 
@@ -35,12 +35,16 @@ def _sample(patterns: Tensor) -> Tensor:
 
 @torch.library.custom_op("dfn::magnitude_above", mutates_args=())
 def _magnitude_above(mixed: Tensor, keep: int) -> Tensor:  # [T, S] -> [T]: what `keep` entries of a row exceed
-    return torch.ops.dfn_cpu.magnitude_above(mixed.contiguous(), keep)
+    return _native.cpu.magnitude_above(mixed.contiguous(), keep)
 
 
 @_magnitude_above.register_fake
 def _(mixed, keep):
     return mixed.new_empty(mixed.shape[0])
+
+
+class _MagnitudeFunction(OpFunction):
+    op = _magnitude_above
 
 
 def density_threshold(weights: Tensor, patterns: Tensor, density: float, backend: str = "reference") -> Tensor:
@@ -56,7 +60,7 @@ def density_threshold(weights: Tensor, patterns: Tensor, density: float, backend
     rows = max(1, 2**22 // S)
     parts = (part @ entries for part in weights.split(rows))
     if backend == "native":
-        return torch.cat([_magnitude_above(mixed, keep) for mixed in parts])
+        return torch.cat([call(_magnitude_above, _MagnitudeFunction, mixed, keep) for mixed in parts])
     return torch.cat([mixed.abs().kthvalue(S - keep, dim=1).values for mixed in parts])
 
 
@@ -70,7 +74,7 @@ def _op(
     bias: Tensor | None,  # [O]
 ) -> tuple[Tensor, Tensor]:  # [T, O]; the number of entries each token keeps, [T] int64
     dense = (tensor.contiguous() for tensor in (x, weights, patterns, threshold))
-    return torch.ops.dfn_cpu.pattern_route_density(*dense, None if bias is None else bias.contiguous())
+    return _native.cpu.pattern_route_density(*dense, None if bias is None else bias.contiguous())
 
 
 @torch.library.custom_op("dfn::pattern_route_density_backward", mutates_args=())
@@ -78,7 +82,7 @@ def _backward_op(
     grad: Tensor, x: Tensor, weights: Tensor, patterns: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # for x, weights, patterns
     dense = (tensor.contiguous() for tensor in (grad, x, weights, patterns, threshold))
-    return torch.ops.dfn_cpu.pattern_route_density_backward(*dense)
+    return _native.cpu.pattern_route_density_backward(*dense)
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _native
 from ._transforms import OpFunction, call
 from .packed import check_offset_values
 from .reference.set_means import set_means as reference
@@ -45,7 +45,7 @@ def _launcher(backend: str):
         from .triton import set_means
 
         return set_means
-    return torch.ops.dfn_cpu
+    return _native.cpu
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------

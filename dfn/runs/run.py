@@ -103,6 +103,7 @@ def train(
         model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
         weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit, partial=task.partial,
         autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        cuda_graph="auto" if task.graphable else False, say=say,
     )  # fmt: skip
     history, last = History(), None
     if checkpoint is not None:

@@ -31,6 +31,7 @@ class Task:
     defaults: dict = {}
     unit = "nats"  # of the loss, as shown; "bits" shows nats as bits
     partial = True  # the loss may leave out parameters of the model (see `Trainer`)
+    graphable = True  # the loss keeps nothing of its own between steps, so that a CUDA graph can hold the step
 
     def __init__(self, options: Options):
         self.options = options
@@ -86,6 +87,10 @@ class Text(Task):
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
+
+    @property
+    def graphable(self) -> bool:
+        return not self.options.memory_size
 
     @functools.cached_property
     def corpus(self) -> Corpus:

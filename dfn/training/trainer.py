@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import graphed
 from .losses import language_modelling
 
 
@@ -97,6 +99,9 @@ class Trainer:
         autocast: run the forward pass under autocast to this dtype (bfloat16).
         partial: the loss may leave parameters without a gradient; several processes then look for them in every step.
         unit: of the loss: "bits" if it is nats that the bar is to show as bits, else the name it goes by.
+        cuda_graph: whether the whole step, optimizer included, is captured in one CUDA graph after three steps, so that
+            the host does not hold the GPU up. "auto": on a GPU, where it can be; a line says why it cannot. True: that
+            line is an error. A loss with a memory of its own between steps must say False.
 
     A batch is a tensor, or tuples and dicts of tensors, with the same number of rows everywhere. Where
     `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
@@ -111,6 +116,7 @@ class Trainer:
         steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
         weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), clip: float = 1.0, accumulate: int = 1,
         autocast: torch.dtype | None = None, unit: str = "bits", partial: bool = True,
+        cuda_graph: bool | Literal["auto"] = "auto", say: Callable[[str], object] = print,
     ):  # fmt: skip
         if steps is None and seconds is None:
             raise ValueError("Trainer: steps or seconds must be given")
@@ -125,8 +131,15 @@ class Trainer:
         matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
         other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
         groups = [{"params": matrix, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+        self.graph: graphed.StepGraph | None = None
+        self.warm, self.said, self.say = 0, set(), say
+        self.graphs = cuda_graph not in (False, None) and self._may_be_graphed(cuda_graph)
+        # A graph holds addresses, not numbers: the step length is a tensor then.
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=torch.tensor(lr, device=self.device) if self.graphs else lr, betas=betas, fused=True,
+            capturable=self.graphs and self.device.type == "cuda",
+        )  # fmt: skip
         self.run: nn.Module = _Loss(model, loss)
         if distributed():
             self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=partial)
@@ -143,33 +156,86 @@ class Trainer:
         return self.lr * min(1.0, (self.step + 1) / self.warmup if self.warmup else 1.0) * decay
 
     def train_step(self, batch: tuple) -> float:
-        """One step; returns the loss. Raises NonFiniteLoss before it would spoil the parameters."""
+        """One step; returns the loss. Raises NonFiniteLoss, and the parameters are what they were before."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad()
-        total, n = torch.zeros((), dtype=torch.float64, device=self.device), self.accumulate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate())
+            else:
+                group["lr"] = self.learning_rate()
+        n = self.accumulate
         parts = [rows(batch, self.rank * n + i, self.processes * n) for i in range(n)]
+        value, norm = (x.item() for x in (self._graphed(parts) if self.graphs else self._update(self._here(parts))))
+        if not math.isfinite(value):
+            raise NonFiniteLoss("the loss", self.step, self._first_bad_layer(*self._here(parts)) or "the loss itself")
+        if not math.isfinite(norm):
+            named = self.model.named_parameters()
+            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteLoss("the gradient", self.step, ", ".join(bad[:3]) or "its norm, which overflows")
+        self.step += 1
+        return value
+
+    def _here(self, parts: list) -> list:
+        return [map_tensors(lambda x: x.to(self.device), part) for part in parts]
+
+    def _update(self, parts: list) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the gradient, 0-d; the parameters move if both are finite. Nothing waits for the device."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            part = parts[i] = map_tensors(lambda x: x.to(self.device), part)
-            waits = i + 1 < n and self.processes > 1  # gradients are exchanged once a step, with the last part
+            waits = i + 1 < len(parts) and self.processes > 1  # gradients are exchanged once, with the last part
             with self.run.no_sync() if waits else contextlib.nullcontext():
-                loss = self._loss(part) / n
+                loss = self._loss(part) / len(parts)
                 loss.backward()
             total += loss.detach()
         if self.processes > 1:
             dist.all_reduce(total)
             total /= self.processes
-        value = total.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss("the loss", self.step, self._first_bad_layer(*parts) or "the loss itself")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, foreach=True)
-        if not math.isfinite(norm.item()):
-            named = self.model.named_parameters()
-            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            raise NonFiniteLoss("the gradient", self.step, ", ".join(bad[:3]) or "its norm, which overflows")
+        # What torch.amp's scaler tells the fused optimizer: 1 leaves parameters and moments alone.
+        self.optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
         self.optimizer.step()
-        self.step += 1
-        return value
+        return total, norm.detach()
+
+    def _may_be_graphed(self, cuda_graph: bool | str) -> bool:
+        if cuda_graph not in (True, "auto"):
+            raise ValueError(f"Trainer: cuda_graph must be True, False or 'auto', got {cuda_graph!r}")
+        reason = None
+        if self.device.type != "cuda":
+            if cuda_graph == "auto":
+                return False  # nothing to say: nobody expects one
+            reason = f"the model is on {self.device.type}, and a CUDA graph needs a GPU"
+        elif self.processes > 1:
+            reason = "several processes exchange gradients within the step"
+        elif name := graphed.hooked(self.model):
+            reason = f"{name} has hooks, which a replay would not run"
+        if reason and cuda_graph is True:
+            raise ValueError(f"Trainer: cuda_graph=True is not possible: {reason}")
+        if reason:
+            self._once(f"no CUDA graph: {reason}")
+        return reason is None
+
+    def _graphed(self, parts: list) -> tuple[Tensor, Tensor]:
+        """`_update`: in the first steps as it is, then from a graph. Batches of another shape go without it."""
+        if self.graph is None and self.warm < graphed.WARM_UP:
+            self.warm += 1
+            return graphed.aside(lambda: self._update(self._here(parts)), self.device)
+        if self.graph is None:
+            try:
+                own = [map_tensors(lambda x: x.to(self.device, copy=True), part) for part in parts]
+                self.graph = graphed.StepGraph(self._update, own)
+            except RuntimeError as error:
+                self.graphs = False
+                self._once(f"no CUDA graph: the step cannot be captured: {str(error).splitlines()[0][:150]}")
+                return self._update(self._here(parts))
+        if not self.graph.suits(parts):
+            self._once("a batch of another shape than the first ones': it goes without the CUDA graph")
+            return self._update(self._here(parts))
+        return self.graph(parts)
+
+    def _once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
     def _loss(self, batch: tuple) -> Tensor:
         try:
@@ -260,7 +326,11 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
+        lengths = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, length in zip(self.optimizer.param_groups, lengths, strict=True):
+            group["lr"] = length  # set in every step; a tensor or a number as this device wants it
+        self.graph, self.warm = None, 0  # it holds the addresses of the old moments
         self.step, self.elapsed = state["step"], state["elapsed"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import INTERPRETED
 
-from bench import report
+from bench import host_cost, report
 from bench.__main__ import main
 from bench.cases import CASES, Case
 from bench.measure import Row, compare, fill, run_case
@@ -47,6 +47,13 @@ def test_rounds_take_turns_and_ratios_are_of_the_same_turn():
     compare(rows, times)
     assert rows["native"].ms == 2 and rows["fast"].ms == 4.5 and rows["fast"].ratio is None
     assert (rows["native"].ratio_low, rows["native"].ratio, rows["native"].ratio_high) == (1, 3, 4)
+
+
+def test_host_cost_has_a_row_for_every_op():
+    rows = host_cost.table(rounds=1, calls=1)
+    assert [row.split("  ")[0] for row in rows[1:]] == [host_cost.BASE, "a bare Function", *host_cost.GOALS]
+    for row in rows[1:]:
+        assert all(float(cell.split()[-1]) > 0 for cell in row.split("(")[:2]), row
 
 
 def test_peak_memory():
