@@ -50,9 +50,7 @@ class _Function(OpFunction):
 
 
 # ---- function -------------------------------------------------------------------------------------------------------
-def farthest_points(
-    points: Tensor, ptr: Tensor, out_ptr: Tensor, total: int, start: Tensor | None = None
-) -> Tensor:
+def farthest_points(points: Tensor, ptr: Tensor, out_ptr: Tensor, total: int, start: Tensor | None = None) -> Tensor:
     """Chooses from every set, one after the other, the point that is farthest from those already chosen: ``[total]``.
 
     Of equally far ones it is the one of lower index, on every backend; squared distances are summed as `knn` does. No

@@ -126,9 +126,7 @@ def _search(points, queries, extra, k, causal, include_self, lengths, warm, ptr)
     rows = None if lengths is None else lengths.unsqueeze(1).expand(B, H)
     of_queries = None if queries is None else rows
     of_sets = None if queries is None else ptr
-    found = search(
-        points, k, queries, causal, include_self, rows, of_queries, True, warm, ptr=ptr, query_ptr=of_sets
-    )
+    found = search(points, k, queries, causal, include_self, rows, of_queries, True, warm, ptr=ptr, query_ptr=of_sets)
     if extra is None:
         return found
     # Extra entities have the higher indices, and the sort is stable: ties stay in the order of indices.

@@ -331,7 +331,18 @@ class KNNIndex:
         _check(self.positions, k, queries, causal, include_self, self.lengths, None, found, self.ptr, query_ptr)
         grids = self._grids if queries is None or queries.dtype != torch.float64 else None  # sorted in float32, perhaps
         return _search(
-            self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids, self.ptr, query_ptr
+            self.positions,
+            k,
+            queries,
+            causal,
+            include_self,
+            self.lengths,
+            None,
+            True,
+            found,
+            grids,
+            self.ptr,
+            query_ptr,
         )
 
     def __repr__(self) -> str:

@@ -154,8 +154,9 @@ class DynamicFlowAttention(nn.Module):
     For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
-    ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible to everybody; its
-    positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass through W_v.
+    ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
+    to everybody; its positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass
+    through W_v.
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
@@ -218,10 +219,10 @@ class DFNBlock(nn.Module):
             `DynamicFlowAttention`), or FlowNorm, to see what they are worth.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None,
-    ptr=None)`` gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody; its states
-    pass through unchanged. The entities of a `MemoryState`, with positions ``[B, M, H * D]``, are read like those of
-    the sequence. ``ptr``, int64 ``[S + 1]``, instead of lengths: the offsets of S sequences packed along N, ascending
-    from 0 to N. Each comes out as it would alone.
+    ptr=None)`` gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody;
+    its states pass through unchanged. The entities of a `MemoryState`, with positions ``[B, M, H * D]``, are read like
+    those of the sequence. ``ptr``, int64 ``[S + 1]``, instead of lengths: the offsets of S sequences packed along N,
+    ascending from 0 to N. Each comes out as it would alone.
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,

@@ -1,12 +1,12 @@
 """Neighbour searches and samplings under the names and with the layouts that users of other packages know.
 
 From torch_cluster, and PyG on top of it: `knn`, `knn_graph`, `radius`, `radius_graph`, `nearest`, `fps`,
-`knn_interpolate`; sets as batch vectors or as offsets ``ptr``. From pytorch3d: `knn_points`, `knn_gather`, `ball_query`,
-`sample_farthest_points`, `chamfer_distance`. All search with `dfn_kernels.knn`: exactly, ties by index, in memory that is
-linear in the points. What is not offered says so on import, and what to use.
+`knn_interpolate`; sets as batch vectors or as offsets ``ptr``. From pytorch3d: `knn_points`, `knn_gather`,
+`ball_query`, `sample_farthest_points`, `chamfer_distance`. All search with `dfn_kernels.knn`: exactly, ties by index,
+in memory that is linear in the points. What is not offered says so on import, and what to use.
 
-Edge lists have a size that depends on the data, so on a GPU the functions that return them wait for it; `dfn_kernels.knn`
-does not.
+Edge lists have a size that depends on the data, so on a GPU the functions that return them wait for it;
+`dfn_kernels.knn` does not.
 """
 
 from .pyg import knn_interpolate
@@ -14,8 +14,8 @@ from .pytorch3d import ball_query, chamfer_distance, knn_gather, knn_points, sam
 from .torch_cluster import fps, knn, knn_graph, nearest, radius, radius_graph
 
 __all__ = [
-    "ball_query", "chamfer_distance", "fps", "knn", "knn_gather", "knn_graph", "knn_interpolate", "knn_points", "nearest",
-    "radius", "radius_graph", "sample_farthest_points",
+    "ball_query", "chamfer_distance", "fps", "knn", "knn_gather", "knn_graph", "knn_interpolate", "knn_points",
+    "nearest", "radius", "radius_graph", "sample_farthest_points",
 ]  # fmt: skip
 
 NOT_OFFERED = {

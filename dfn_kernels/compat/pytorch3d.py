@@ -264,9 +264,7 @@ def _lengths(op: str, name: str, lengths: Tensor | None, like: Tensor, like_name
 def _is_eager_cpu(x: Tensor) -> bool:
     """Whether to look at values costs no wait, and nobody traces."""
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     )
 
 

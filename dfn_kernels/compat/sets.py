@@ -109,7 +109,7 @@ def neighbors(
     op: str, x: Side, y: Side | None, k: int, batch_size: int | None, *, loop: bool = True, within: float | None = None,
     k_name: str = "k",
 ) -> Neighbors:  # fmt: skip
-    """Of each point of y the k nearest of x in its set, or of each x without y: indices and squared distances [M, k]."""
+    """Of each point of y the k nearest of x in its set; without y, of each x: indices and squared distances [M, k]."""
     is_integer(op, k_name, k, 1, MOST_NEIGHBORS)
     ptr_x, *ptr_y = offsets(op, [x] if y is None else [x, y], batch_size)
     points = x.points.detach()

@@ -180,7 +180,9 @@ def fps(
     ratio = 0.5 if ratio is None else ratio
     if isinstance(ratio, Tensor):
         if ratio.numel() not in (1, len(offset) - 1):
-            raise ValueError(f"fps: ratio must hold one number or one per batch, {len(offset) - 1}, got {ratio.numel()}")
+            raise ValueError(
+                f"fps: ratio must hold one number or one per batch, {len(offset) - 1}, got {ratio.numel()}"
+            )
         ratio = ratio.to(offset.device, torch.float32).flatten()
     else:
         is_number("fps", "ratio", ratio)

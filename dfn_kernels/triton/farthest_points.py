@@ -1,6 +1,5 @@
 """Farthest point sampling in Triton: one program per set, a pass over its points for every choice."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -19,7 +19,10 @@ DOCUMENTS = [slice(a, e) for a, e in itertools.pairwise(PTR.tolist()) if a < e]
 def check_each_alone(model, packed, alone, inputs):
     """Outputs and the gradients of parameters and inputs, packed and one document after the other."""
     results = []
-    for run in (lambda x: packed(*x), lambda x: torch.cat([alone(*(part[..., d, :] for part in x)) for d in DOCUMENTS], 1)):
+    for run in (
+        lambda x: packed(*x),
+        lambda x: torch.cat([alone(*(part[..., d, :] for part in x)) for d in DOCUMENTS], 1),
+    ):
         mine = [x.clone().requires_grad_() for x in inputs]
         model.zero_grad()
         out = run(mine)
