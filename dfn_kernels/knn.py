@@ -233,8 +233,8 @@ def knn(
             earlier ones of the set. Leading dims share it. Memory is linear in N + M whatever the sizes.
         query_ptr: int64 ``[S + 1]``: the same for queries, which are given with it.
         check: on the CPU, raise ValueError if a position or query is NaN or infinite, or a length out of range.
-            Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded. Offsets are
-            always checked on the CPU, and never on a GPU.
+            Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded.
+            Offsets are always checked on the CPU, and never on a GPU.
 
     Returns:
         ``Neighbors(indices, sq_dists)``: int64 and float32 (float64 for float64 positions), both ``[.., M, k]``,

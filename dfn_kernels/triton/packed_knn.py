@@ -79,7 +79,7 @@ def row_kernel(
     CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     K: tl.constexpr,  # length of the list, a power of two, at least k
 ):  # fmt: skip
-    """One query per program, for long lists and float64: K candidates at a time are sorted and merged into the K best."""
+    """One query per program, for long lists and float64: K candidates at a time are merged into the K best."""
     pid = tl.program_id(0)
     b, i = (pid // M).to(tl.int64), pid % M
     at = i.to(tl.int64)

@@ -48,9 +48,7 @@ def means_kernel(
         mean = before / (end - first).to(tl.float64)
         for start in range(0, end - first, BN):
             i = first + start + tl.arange(0, BN)
-            tl.store(
-                Y + i, tl.zeros((BN,), tl.float64).to(Y.dtype.element_ty) + mean.to(Y.dtype.element_ty), mask=i < end
-            )
+            tl.store(Y + i, (tl.zeros((BN,), tl.float64) + mean).to(Y.dtype.element_ty), mask=i < end)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------

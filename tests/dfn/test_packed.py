@@ -18,14 +18,15 @@ DOCUMENTS = [slice(a, e) for a, e in itertools.pairwise(PTR.tolist()) if a < e]
 
 def check_each_alone(model, packed, alone, inputs):
     """Outputs and the gradients of parameters and inputs, packed and one document after the other."""
+
+    def one_by_one(*inputs):
+        return torch.cat([alone(*(x[..., document, :] for x in inputs)) for document in DOCUMENTS], 1)
+
     results = []
-    for run in (
-        lambda x: packed(*x),
-        lambda x: torch.cat([alone(*(part[..., d, :] for part in x)) for d in DOCUMENTS], 1),
-    ):
+    for run in (packed, one_by_one):
         mine = [x.clone().requires_grad_() for x in inputs]
         model.zero_grad()
-        out = run(mine)
+        out = run(*mine)
         torch.manual_seed(1)
         (out * torch.randn_like(out)).sum().backward()
         trained = [p.grad for p in model.parameters() if p.grad is not None]
