@@ -36,6 +36,7 @@ class Options:
     pos_dim: int = option(2, "dimension of a position", 1)
     k: int = option(8, "neighbours that a head reads from", 1)
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
+    pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps over which it rises", 0)
@@ -56,6 +57,8 @@ class Options:
                 raise UsageError(f"{f.name} must be at least {least}, got {value}")
             if choices and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(filter(None, choices))}, got {value}")
+        if options.memory_size and options.pack:
+            raise UsageError("pack has no meaning with a memory: its rows are consecutive pieces of one text")
         if options.memory_size and options.accumulate > 1:
             raise UsageError(f"accumulate must be 1 with a memory, got {options.accumulate}")
         return options

@@ -6,8 +6,12 @@ import pytest
 import torch
 from helpers import INTERPRETED
 
+from dfn.cli import main
 from dfn.models.language import DFNLanguageModel
 from dfn.models.layers import DFNBlock, FlowMixer
+from dfn.runs import Options, Run, UsageError
+from dfn.training.text import packed_batches
+from dfn.training.trainer import language_model_loss
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="not about Triton kernels")
 SIZES = [0, 5, 1, 0, 23, 3, 0]
@@ -81,3 +85,53 @@ def test_compiles():
     ids = torch.randint(19, (1, N))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, ptr=PTR)[0], model(ids, ptr=PTR)[0])
+
+
+def test_packed_batches():
+    sizes = [5, 1, 30, 2, 2, 1, 400]
+    ptr = torch.tensor([0, *itertools.accumulate(sizes)])
+    data = torch.repeat_interleave(torch.arange(7), torch.tensor(sizes)).to(torch.uint8)  # bytes that name their file
+    seen = set()
+    for ids, targets, rows in itertools.islice(packed_batches(data, ptr, 16, 9, torch.Generator().manual_seed(2)), 40):
+        assert ids.shape == targets.shape == (16, 9) and rows.shape == (16, 6)  # 5 files begin within 9 bytes at most
+        assert rows[:, 0].eq(0).all() and rows[:, -1].eq(9).all() and (rows.diff() >= 0).all()
+        for row, target, offsets in zip(ids, targets, rows, strict=True):
+            for a, e in itertools.pairwise(offsets.tolist()):
+                assert len(row[a:e].unique()) <= 1 and (a == e or e == 9 or row[e] != row[a])
+            counted = target != -100
+            assert torch.equal(target[counted], row[counted])  # never a byte of another file
+            assert torch.equal((~counted[:-1]).nonzero()[:, 0], (row[1:] != row[:-1]).nonzero()[:, 0])
+            seen.add(len(row.unique()))
+    assert {1, 2, 5} <= seen
+    whole = next(packed_batches(data, torch.tensor([0, 441]), 3, 9))
+    assert whole[2].tolist() == [[0, 9]] * 3 and (whole[1] != -100).all()
+
+
+def test_loss_of_packed_rows():
+    model = DFNLanguageModel(256, 8, layers=2, k=3).double()
+    data, ptr = torch.randint(256, (300,), dtype=torch.uint8), torch.tensor([0, 7, 20, 41, 300])
+    ids, targets, rows = next(packed_batches(data, ptr, 40, 30))
+    loss = language_model_loss(model, (ids, targets, rows))
+    losses = []
+    for row, target, offsets in zip(ids, targets, rows, strict=True):
+        for a, e in itertools.pairwise(offsets.tolist()):
+            if a < e:
+                logits = model(row[None, a:e])[0][0]
+                losses.append(torch.nn.functional.cross_entropy(logits, target[a:e], reduction="none"))
+    counted = torch.cat(losses)[targets.flatten() != -100]
+    torch.testing.assert_close(loss, counted.mean())
+    assert (rows.diff() > 0).sum(1).max() > 1
+
+
+def test_command_packs(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}: " + "abc " * (i % 7 + 30))
+    flags = ["--data", str(tmp_path / "texts"), "--steps", "3", "--batch", "4", "--length", "40", "--dim", "8", "--quiet"]
+    assert main(["train", "text", "--pack", "--out", str(tmp_path / "run"), *flags]) == 0
+    assert Run.load(tmp_path / "run").options.pack
+    (tmp_path / "run.toml").write_text("kind = 'text'\npack = true\n")
+    assert main(["train", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "b"), *flags]) == 0
+    assert Run.load(tmp_path / "b").options.pack
+    with pytest.raises(UsageError, match="pack has no meaning with a memory"):
+        Options.of("text", pack=True, memory_size=8)
