@@ -8,7 +8,7 @@ from helpers import INTERPRETED
 
 from dfn.cli import main
 from dfn.models.language import DFNLanguageModel
-from dfn.models.layers import DFNBlock, FlowMixer
+from dfn.models.layers import DFNBlock, EntityPositions, FlowMixer
 from dfn.runs import Options, Run, UsageError
 from dfn.training.text import packed_batches
 from dfn.training.trainer import language_model_loss
@@ -61,6 +61,15 @@ def test_mixer(causal):
     check_each_alone(mixer, lambda x: mixer(x, ptr=PTR), mixer, [torch.randn(2, N, 12).double()])
     with pytest.raises(ValueError, match="key_padding_mask must be None with ptr"):
         mixer(torch.randn(1, N, 12).double(), torch.zeros(1, N, dtype=torch.bool), PTR)
+
+
+def test_time_begins_with_each():
+    """Within a document only differences of time are felt: nothing else here would notice."""
+    place = EntityPositions(6, 4, 3)
+    states = torch.randn(2, N, 6)
+    alone = torch.cat([place(states[:, d], start=3) for d in DOCUMENTS], 2)
+    torch.testing.assert_close(place(states, 3, PTR), alone)
+    assert not torch.allclose(place(states, 3), alone)
 
 
 def test_language_model():
