@@ -118,7 +118,11 @@ def neighbors(
                   query_ptr=ptr_y[0] if ptr_y else None, within=within)  # fmt: skip
 
 
-def edges(found: Tensor) -> Tensor:
-    """Lists [M, k] as pairs: int64 ``[2, E]``, (query, neighbour)."""
-    query, slot = (found >= 0).nonzero(as_tuple=True)
-    return torch.stack([query, found[query, slot]])
+def edges(found: Tensor, to_query: bool = False) -> Tensor:
+    """Lists [M, k] as pairs: int64 ``[2, E]``, (query, neighbour), or (neighbour, query) if they lead `to_query`."""
+    listed = found >= 0
+    query = torch.arange(len(found), device=found.device).unsqueeze(1).expand_as(found)
+    pairs = [found, query] if to_query else [query, found]
+    if listed.all():  # twice as fast where it is so
+        return torch.stack(pairs).flatten(1)
+    return torch.stack([one.masked_select(listed) for one in pairs])

@@ -63,7 +63,7 @@ def knn_graph(
     _no_cosine("knn_graph", cosine)
     are_flags("knn_graph", loop=loop)
     found = neighbors("knn_graph", alone(side("knn_graph", "x", x, batch, ptr)), None, k, batch_size, loop=loop)
-    return _directed("knn_graph", edges(found.indices), flow)
+    return edges(found.indices, _leads_to_query("knn_graph", flow))
 
 
 def radius(
@@ -125,7 +125,7 @@ def radius_graph(
     of_x = alone(side("radius_graph", "x", x, batch, ptr))
     found = neighbors("radius_graph", of_x, None, max_num_neighbors, batch_size, loop=loop,
                       within=_square("radius_graph", r), k_name="max_num_neighbors")  # fmt: skip
-    return _directed("radius_graph", edges(found.indices), flow)
+    return edges(found.indices, _leads_to_query("radius_graph", flow))
 
 
 def nearest(
@@ -201,10 +201,10 @@ def _no_cosine(op: str, cosine: bool) -> None:
         )
 
 
-def _directed(op: str, pairs: Tensor, flow: str) -> Tensor:
+def _leads_to_query(op: str, flow: str) -> bool:
     if flow not in ("source_to_target", "target_to_source"):
         raise ValueError(f"{op}: flow must be 'source_to_target' or 'target_to_source', got {flow!r}")
-    return pairs.flip(0) if flow == "source_to_target" else pairs
+    return flow == "source_to_target"
 
 
 def _square(op: str, r: object) -> float:
