@@ -245,6 +245,7 @@ CASES = [
     _route_case(1024, 8, 512, 512),
     _route_case(8192, 8, 512, 512),
     _route_case(65_536, 16, 768, 768, gpu_only=True),
+    _route_case(1024, 8, 512, 10_000, gpu_only=True),  # a vocabulary
     Case("low_rank_route", dict(T=8192, P=8, I=512, O=512, r=32), make_low_rank, our_low_rank,
          {"two einsums": peers.composed_low_rank}, grads=("x", "weights", "up", "down"),
          small=dict(T=67, P=5, I=23, O=31, r=3), compiled=("two einsums",)),

@@ -69,7 +69,7 @@ def measure(size: tuple[int, ...], dtype: torch.dtype, backward: bool, device: s
         if not (results[name] - want).norm() <= allowed:
             ms[name] = None
     capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    choice = "products" if launcher.by_products(T, K, N, dtype, capability) else "kernel"
+    choice = "products" if launcher.by_products(T, P, K, N, dtype, capability, backward) else "kernel"
     best = min((name for name in ("kernel", "products") if ms.get(name)), key=ms.get)
     return dict(
         T=T, P=P, K=K, N=N, dtype=str(dtype)[6:], backward=backward, ms=ms, choice=choice, best=best,

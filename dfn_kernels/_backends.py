@@ -1,7 +1,7 @@
 """Which implementation of an op runs: `use_backend`, `backends`, and the rule behind the default."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ except ImportError:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("native", "triton", "reference")
+OLDEST = (8, 0)  # the compute capability that csrc/cuda is compiled for
 
 # Per op: where it has native code, whether it has Triton kernels, and what a GPU tensor takes by default.
 _OPS: dict[str, dict] = {}
@@ -25,16 +26,24 @@ _OPS: dict[str, dict] = {}
 _override: dict[str, str | None] = {"name": None}
 
 
-def register(op: str, *, cpu: bool = True, cuda: bool = False, triton: bool = True, cuda_first: bool = True) -> None:
-    """Says which backends `op` has besides the reference, and whether a GPU tensor takes CUDA C++ before Triton.
-
-    Each op file calls it once.
+def register(
+    op: str, *, cpu: bool = True, cuda: bool = False, triton: bool = True,
+    cuda_first: Callable[[tuple[int, int]], bool] = lambda capability: True,
+) -> None:  # fmt: skip
+    """Says which backends `op` has besides the reference, and where a GPU's tensor takes CUDA C++ before Triton: asked
+    with its compute capability. Each op file calls it once.
     """
     _OPS[op] = {"cpu": cpu, "cuda": cuda, "triton": triton, "cuda_first": cuda_first}
 
 
-def missing(op: str, backend: str, device: str) -> str | None:
-    """Why `backend` cannot run `op` on tensors of this device type here; None if it can."""
+@torch.compiler.assume_constant_result
+def capability(index: int | None = None) -> tuple[int, int]:
+    """The compute capability of a CUDA GPU, of the current one without an index. A constant in compiled code."""
+    return torch.cuda.get_device_capability(index)
+
+
+def missing(op: str, backend: str, device: str, index: int | None = None) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device here; None if it can."""
     has = _OPS[op]
     if backend == "reference":
         return None
@@ -42,7 +51,11 @@ def missing(op: str, backend: str, device: str) -> str | None:
         if device == "cpu":
             return _native.CPU_MISSING if has["cpu"] else "composed of PyTorch ops, no kernel of ours"
         if device == "cuda":
-            return _native.CUDA_MISSING if has["cuda"] else "no CUDA C++ kernels for this op, Triton ones at most"
+            if not has["cuda"]:
+                return "no CUDA C++ kernels for this op, Triton ones at most"
+            if _native.CUDA_MISSING is None and capability(index) < OLDEST:
+                return f"compiled for compute capability {OLDEST[0]}.{OLDEST[1]} and later"
+            return _native.CUDA_MISSING
         return f"no native kernels for {device} tensors"
     if not has["triton"]:
         return "composed of PyTorch ops, no kernel of ours"
@@ -55,19 +68,20 @@ def missing(op: str, backend: str, device: str) -> str | None:
     return None
 
 
-def choose(op: str, device: str) -> str:
-    """The backend that runs `op` on tensors of this device type now."""
+def choose(op: str, device: str, index: int | None = None) -> str:
+    """The backend that runs `op` on tensors of this device now."""
     name = _override["name"]
     if name is not None:
-        reason = missing(op, name, device)
+        reason = missing(op, name, device, index)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {name!r} is not available for {device} tensors: {reason}")
         return name
-    order = ("native",) if device == "cpu" else ("native", "triton") if _OPS[op]["cuda_first"] else ("triton", "native")
-    for candidate in order:
-        if missing(op, candidate, device) is None:
-            return candidate
-    return "reference"
+    native = missing(op, "native", device, index) is None
+    if native and (device != "cuda" or _OPS[op]["cuda_first"](capability(index))):
+        return "native"
+    if device != "cpu" and missing(op, "triton", device) is None:
+        return "triton"
+    return "native" if native else "reference"
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _(points, backend):
 @_lists_op.register_fake
 def _(indices, query_order, entity_order, backend):
     B, H, M, k = indices.shape
-    narrow = backend == "native" and M * k < 2**32
+    narrow = M * k < (2**32 if backend == "native" else 2**30)
     return (
         indices.new_empty(B, H, entity_order.shape[2] + 1),
         indices.new_empty(indices.shape, dtype=torch.int32 if narrow else torch.int64),

@@ -124,9 +124,9 @@ def _op(
     if backend == "reference" or absolute and backend != "native":
         indices, sq_dists = reference(*arguments, ptr, query_ptr, absolute)
     elif backend == "triton" and ptr is not None:
-        from .triton.packed_knn import knn as packed_knn
+        from .triton.knn import brute
 
-        indices, sq_dists = packed_knn(points, queries, ptr, query_ptr, k, causal, include_self)
+        indices, sq_dists = brute.search(*arguments, ptr, query_ptr)
     elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
@@ -286,9 +286,8 @@ def _search(
 class KNNIndex:
     """Positions to be searched more than once: ``KNNIndex(positions, lengths, ptr).query(k)``.
 
-    Arguments and results are those of `knn`. The positions are sorted once, here. On the CPU the first causal query
-    sorts prefixes, too, for all that follow; on a GPU causal queries, and those for more than 64 neighbours, sort
-    again. The positions must not be changed in place while the index is in use.
+    Arguments and results are those of `knn`. The positions are sorted once, here, for any k; the first causal query
+    sorts prefixes, too, for all that follow. The positions must not be changed in place while the index is in use.
     """
 
     def __init__(self, positions: Tensor, lengths: Tensor | None = None, ptr: Tensor | None = None):

@@ -1,9 +1,12 @@
 """Runs csrc/cuda's routing kernels on the CPU: compiled by g++ against tests/cuda_emulator, called through ctypes."""
 
 import ctypes
+import functools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
@@ -35,17 +38,28 @@ class Problem(ctypes.Structure):
 def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
     """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
-    command = [
-        shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
-        "-shared", f"-I{EMULATOR}", f"-I{CSRC}", "-o", str(library), str(EMULATOR / f"{driver}.cpp"), "-x", "c++",
-        *map(str, sources),
-    ]  # fmt: skip
+    compiler = [shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
+                f"-I{EMULATOR}", f"-I{CSRC}"]  # fmt: skip
+    link = []
     if operators:
-        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include"),
-                    f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        compiler += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
+        link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    objects, running = [], []
+    for source in (EMULATOR / f"{driver}.cpp", *sources):
+        objects.append(str(folder / f"{source.name}.o"))
+        command = [*compiler, "-c", "-x", "c++", str(source), "-o", objects[-1]]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    failed = [said for said, code in ((run.communicate()[1], run.returncode) for run in running) if code]
+    assert not failed, "".join(failed)
+    subprocess.run([compiler[0], "-shared", "-o", str(library), *objects, *link], check=True)
     return library
+
+
+def run_alone(script: str, library: Path) -> subprocess.CompletedProcess:
+    """The script on a library in a process of its own: a broken kernel may do anything."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, script, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 class Emulator:
@@ -143,6 +157,17 @@ class PatternRoute(Emulator):
         self.lib.pattern_route_run(g, plan)
         self.check()
         return y, parts.sum(0)
+
+
+@functools.cache  # operators can be registered once in a process
+def operators() -> PatternRoute:
+    """The kernels, with torch.ops.dfn_cuda on them for tensors of the CPU."""
+    sources = sorted((CSRC / "cuda").glob("pattern_route*.cu"))
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_library(Path(folder), "pattern_route", sources, operators=True)
+        if torch.version.cuda is None:  # else the real one is loaded
+            torch.ops.load_library(str(library))
+        return PatternRoute(library)
 
 
 # ---- one kernel against float64 -------------------------------------------------------------------------------------

@@ -65,4 +65,36 @@ void route_sm90(const Problem&, const Plan&);
 // y = bias + the sum of the splits, in this order: pattern_route_sm80.cu.
 void add_splits(const Problem&, const Plan&);
 
+// ---- beside PyTorch's products: pattern_route_products.cu -----------------------------------------------------------
+// out[t][p][e] = weights[t][p] * rows[t][e], rounded once.
+struct Scaling {
+  Dtype dtype;  // of rows and out; weights are float32, or float64 with f64
+  int64_t T, P, E;
+  const void* rows;  // [T, E], rows_stride elements apart
+  int64_t rows_stride;
+  const void* weights;  // [T, P], rows weights_stride elements apart
+  int64_t weights_stride;
+  void* out;  // [T, P, E]
+  cudaStream_t stream;
+};
+void scale_rows(const Scaling&);
+
+// y[t][n] = bias[n] + sum_p weights[t][p] * sums[p][t][n], and in the backward pass
+// parts[c][t][p] = sum over the columns n of strip c of sums[p][t][n] * x[t][n]
+struct Combination {
+  Dtype dtype;  // of y and x; all else is float32, or float64 with f64
+  int64_t T, P, N;
+  const void* sums;     // [P, T, N]
+  const void* weights;  // [T, P]
+  const void* bias;     // [N] or null
+  const void* x;        // backward: [T, N], rows x_stride elements apart
+  int64_t x_stride;
+  void* y;      // [T, N]
+  void* parts;  // backward: [ceil(N / kStrip), T, P], strips parts_stride elements apart; else null
+  int64_t parts_stride;
+  cudaStream_t stream;
+};
+constexpr int64_t kStrip = 512;
+void combine_products(const Combination&);
+
 }  // namespace dfn::route

@@ -1,6 +1,6 @@
 // Pattern routing for float32 and float64: the plainest tiled kernel, without tensor cores. For problems so small that
-// PyTorch's products, one per pattern, would mostly wait for their launches: dfn_kernels/cuda/pattern_route.py decides.
-// What is computed: pattern_route.h. Compiled, run in the tests' emulator, not yet run on a GPU.
+// PyTorch's product and what follows it would mostly wait for their launches: dfn_kernels/cuda/pattern_route.py decides.
+// What is computed: pattern_route.h. Run in the tests' emulator; not yet timed on a GPU.
 #include "cuda/launch.h"
 #include "cuda/pattern_route.h"
 #include "cuda/ptx.h"
@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) simple_kernel(const __grid_consta
         }
       }
       __syncthreads();
+      A part[kOwn][kOwn] = {};  // a long sum in two levels: its error grows with the root of its length
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
         A a[kOwn], b[kOwn];
@@ -62,8 +63,12 @@ __global__ void __launch_bounds__(kThreads, 1) simple_kernel(const __grid_consta
 #pragma unroll
         for (int r = 0; r < kOwn; ++r)
 #pragma unroll
-          for (int c = 0; c < kOwn; ++c) acc[r][c] += a[r] * b[c];
+          for (int c = 0; c < kOwn; ++c) part[r][c] += a[r] * b[c];
       }
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) acc[r][c] += part[r][c];
       __syncthreads();
     }
 #pragma unroll

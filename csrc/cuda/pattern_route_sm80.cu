@@ -1,4 +1,4 @@
-// Pattern routing on mma.sync: launches the kernels of pattern_route_sm80_kernel.h. Not yet run on a GPU.
+// Pattern routing on mma.sync: launches the kernels of pattern_route_sm80_kernel.h.
 #include "cuda/pattern_route_sm80_kernel.h"
 
 #include "cuda/launch.h"

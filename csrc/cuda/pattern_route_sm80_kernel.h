@@ -1,5 +1,5 @@
 // Pattern routing on mma.sync (compute capability 8.0 and later): float16 and bfloat16, any size, stride and alignment.
-// What is computed: pattern_route.h. Compiled, run in the tests' emulator, not yet run on a GPU.
+// What is computed: pattern_route.h. Run in the tests' emulator; not yet timed on a GPU.
 //
 // A block makes 128 x 128 sums. It walks over its patterns and, for each, over K in steps of 64: three stages of both
 // operands in shared memory, filled by cp.async two steps ahead. 8 warps, each with 64 x 32 of the sums: `acc` of the
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/half.h"
 #include "cuda/pattern_route.h"
 #include "cuda/ptx.h"
 
@@ -72,12 +73,8 @@ __device__ __forceinline__ float widen(uint32_t pair) {
   const uint16_t bits = static_cast<uint16_t>(pair);
   V x;
   memcpy(&x, &bits, 2);
-  if constexpr (std::is_same_v<V, __half>) return __half2float(x);
-  else return __bfloat162float(x);
+  return to_float(x);
 }
-__device__ __forceinline__ void store(float x, float* out) { *out = x; }
-__device__ __forceinline__ void store(float x, __half* out) { *out = __float2half_rn(x); }
-__device__ __forceinline__ void store(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 
 // The tile of one block: which tokens, columns and patterns it works on. Sizes are below 2^31, their products are not.
 struct Tile {
@@ -303,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1) tokens_kernel(const __grid_consta
       if (plan.splits > 1)
         g.workspace[(int64_t{tile.split} * g.T + t) * g.N + n] = sum;
       else
-        store(sum + (g.bias ? g.bias[n] : 0.0f), static_cast<Y*>(g.y) + t * g.N + n);
+        from_float(sum + (g.bias ? g.bias[n] : 0.0f), static_cast<Y*>(g.y) + t * g.N + n);
     }
   }
 }
@@ -316,7 +313,7 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
   if (e >= size) return;
   float sum = 0;
   for (int64_t split = 0; split < plan.splits; ++split) sum += g.workspace[split * size + e];
-  store(sum + (g.bias ? g.bias[e % g.N] : 0.0f), static_cast<Y*>(g.y) + e);
+  from_float(sum + (g.bias ? g.bias[e % g.N] : 0.0f), static_cast<Y*>(g.y) + e);
 }
 
 }  // namespace dfn::route::sm80

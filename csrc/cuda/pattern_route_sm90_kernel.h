@@ -8,11 +8,12 @@
 // ask for 160 bytes a clock of shared memory, which gives 128 (N = 128: wgmma reads 96, 32 are written for each operand);
 // so it is 128, and 117 with N = 192. Two neighbouring blocks, a cluster, work on the same columns: each loads half of
 // every pattern tile and sends it to both, which halves what the L2 cache is asked for.
-// Compiled for sm_90a, checked in an emulator (tests/test_cuda_emulated_sm90.py), never run on a GPU.
+// Checked in an emulator, too: tests/kernels/test_cuda_emulated_sm90.py.
 #pragma once
 
 #include <cstring>
 
+#include "cuda/half.h"
 #include "cuda/pattern_route.h"
 #include "cuda/ptx_sm90.h"
 
@@ -107,12 +108,6 @@ __device__ __forceinline__ void produce(Storage<N>& s, const TensorMap& tokens, 
 }
 
 // ---- consumers: two warpgroups -------------------------------------------------------------------------------------
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline void from_float(float x, __nv_bfloat16* y) { *y = __float2bfloat16_rn(x); }
-__device__ inline void from_float(float x, float* y) { *y = x; }
-__device__ inline void from_float(float x, __half* y) { *y = __float2half_rn(x); }
-
 // Two values in one register.
 template <class V>
 __device__ inline uint32_t bits_of(V x) {

@@ -110,9 +110,8 @@ def packed_batches(
     """The rows of `batches`, with what they hold told apart: ``(ids, targets, ptr int64 [batch, S + 1])``.
 
     ``ptr`` are the offsets of the documents in the data, none of them empty. Those of a row ascend from 0 to length:
-    pieces of documents one after another, and empty ones at the end, since S is the same for all rows: what the row with
-    the most documents has. Where a document ends its next byte is another's: that target is -100, which counts for
-    nobody.
+    pieces of documents one after another, and empty ones at the end, since S is the same for all rows. Where a document
+    ends its next byte is another's: that target is -100, which counts for nobody.
     """
     begins = ptr[1:-1].contiguous()  # of all documents but the first
     most = torch.searchsorted(begins, begins + length - 1) - torch.arange(len(begins))

@@ -1,34 +1,65 @@
 """pattern_route in CUDA C++: what the kernels do, what PyTorch's products (cuBLAS) do, tokens grouped by patterns.
 
-The launcher beside csrc/cuda/pattern_route*.cu. Nothing here is larger than the op's own inputs and
-results, or than SCRATCH_BYTES: neither [T, P, O] nor [T, P * I] exists.
+The launcher beside csrc/cuda/pattern_route*.cu. Nothing here is larger than the op's own inputs and results, or than
+SCRATCH_BYTES: of [T, P, O] and [T, P * I] there are pieces.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ROWS = 128  # of a tile: so many tokens share a list of patterns (kTileRows in csrc/cuda/pattern_route.h)
+STRIP = 512  # columns whose products with x are summed at once (kStrip, there)
 SCRATCH_BYTES = 32 << 20
 
 
 # ---- the rule -------------------------------------------------------------------------------------------------------
-def by_products(T: int, K: int, N: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether y = sum_p w_p * (left @ right_p) is left to PyTorch: one product [T, K] x [K, N] per pattern.
+class Card(NamedTuple):
+    """What PyTorch's products reach, a second, and the share of it that our kernels reach at the same work."""
 
-    float32, float64: the kernel has no tensor cores and no pipeline, cuBLAS a multiple of its rate; but P products are
-    2 P launches, and the kernel is one. In the 10 us of two launches the kernel does about 5e7 multiply-adds.
+    half: float  # multiply-adds, float16 and bfloat16
+    real: float  # float32 and float64
+    bytes: float
+    forward: float
+    backward: float
+    rows: int  # tokens of a tile
 
-    float16, bfloat16: the weights multiply float32 sums, so PyTorch writes those, reads them back and adds them up: 16
-    bytes per sum and pattern. At b bytes and c multiply-adds per second that costs as much as 16 c / b more columns of
-    K. The kernel, at a share s of cuBLAS's rate, loses K (1 - s) / s. So PyTorch wins from K = 16 c / b * s / (1 - s)
-    on. An A100 (c / b = 156e12 / 2.0e12, s = 0.9): 11,000. Hopper (395e12 / 4.8e12, s = 0.85): 7,400. That deep is the
-    backward pass of a vocabulary layer. And its launches must not matter: 4e9 multiply-adds take cuBLAS 10 us.
 
-    A rule of arithmetic, not yet run on a GPU: `python -m bench.route_rule` measures both sides of it there.
+# An H200, measured (commit 9075e04): bare products 720 and 51 TFLOP/s, a copy 4.29 TB/s; our kernel 0.82 to 1.01 of the
+# product forward, 0.75 and 0.79 backward. An A100 by its data sheet, its shares not yet measured.
+HOPPER = Card(half=3.6e14, real=2.55e13, bytes=4.29e12, forward=0.85, backward=0.77, rows=256)
+AMPERE = Card(half=1.56e14, real=9.7e12, bytes=2.0e12, forward=0.9, backward=0.9, rows=128)
+SIMPLE_SHARE = 0.2  # of the kernel for float32 and float64, which has no tensor cores and no pipeline; not yet measured
+LAUNCH = 5e-6  # seconds of one launch more
+
+
+def by_products(
+    T: int, P: int, K: int, N: int, dtype: torch.dtype, capability: tuple[int, int], backward: bool
+) -> bool:
+    """Whether y = sum_p w_p * (left @ right_p) is left to PyTorch's batched product [T, K] x [K, N] of all patterns.
+
+    Both read the patterns once. PyTorch multiplies at its full rate, but writes a float32 sum per token, column and
+    pattern (float64 for float64), which `combine_products` reads: it wins where the product is deep. Our kernel keeps
+    the sums, does not reach that rate, and works on whole tiles: it wins at the depth of hidden layers, and loses
+    where few tokens meet many patterns of great depth. Both times are estimated by counted bytes and work.
+
+    `python -m bench.route_rule` measures both sides of it on a GPU.
     """
-    if dtype in (torch.float32, torch.float64):
-        return T * K * N >= 50_000_000
-    return K >= (7_400 if capability >= (9, 0) else 11_000) and T * K * N >= 4_000_000_000
+    half = dtype in (torch.float16, torch.bfloat16)
+    card = HOPPER if capability >= (9, 0) else AMPERE
+    rate, element = (card.half, 2) if half else (card.real, dtype.itemsize)
+    share = (card.backward if backward else card.forward) if half else SIMPLE_SHARE
+    rows, columns = (card.rows, 128) if half else (64, 64)
+    reading = P * K * N * element / card.bytes
+    work = P * K / rate
+    kernel = max(reading, _padded(T, rows) * _padded(N, columns) * work / share)
+    products = max(reading, _padded(T, 64) * _padded(N, 64) * work)
+    return products + 2 * max(4, element) * P * T * N / card.bytes + LAUNCH < kernel
+
+
+def _padded(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
 
 
 def grouping_pays(T: int, P: int, K: int, N: int, k: int, dtype: torch.dtype) -> bool:
@@ -39,8 +70,9 @@ def grouping_pays(T: int, P: int, K: int, N: int, k: int, dtype: torch.dtype) ->
     return (P - k) * T * K * N >= (20_000_000_000 if dtype in (torch.float16, torch.bfloat16) else 300_000_000)
 
 
-def _left_to_products(left: Tensor, N: int) -> bool:
-    return by_products(*left.shape, N, left.dtype, torch.cuda.get_device_capability(left.device))
+def _left_to_products(left: Tensor, P: int, N: int, backward: bool) -> bool:
+    T, K = left.shape
+    return by_products(T, P, K, N, left.dtype, torch.cuda.get_device_capability(left.device), backward)
 
 
 # ---- tokens grouped by pattern set ----------------------------------------------------------------------------------
@@ -64,57 +96,66 @@ def grouped(chosen: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, patterns.int(), used.sum(1, dtype=torch.int32)
 
 
+def _joined(parts: Tensor | None) -> Tensor | None:
+    """The gradient of the weights, from what each column of tiles adds to it, [columns, T, P]."""
+    return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
 # ---- PyTorch's products ---------------------------------------------------------------------------------------------
 def _product(left: Tensor, right: Tensor, real: torch.dtype) -> Tensor:
-    """left @ right in `real`, without rounding to the operands' dtype in between."""
+    """left @ right in `real`, batched, without rounding to the operands' dtype in between."""
     if left.dtype == real:
-        return left @ right
+        return torch.bmm(left, right)
     if left.is_cuda:
-        return torch.mm(left, right, out_dtype=real)
+        return torch.bmm(left, right, out_dtype=real)
     return left.to(real) @ right.to(real)
 
 
-def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor]:
-    """As `_kernel`: rows in pieces, so that a piece's sums stay within SCRATCH_BYTES."""
+def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor | None]:
+    """As `_kernel`: rows in pieces, so that a piece's sums [P, rows, N] stay within SCRATCH_BYTES."""
     backward = x is not None
-    (T, P), N = weights.shape, patterns.shape[2 if backward else 1]
+    right = patterns if backward else patterns.transpose(1, 2)
+    (T, P), (_, K, N) = weights.shape, right.shape
     y = left.new_empty(T, N, dtype=weights.dtype if wide else left.dtype)
-    grad_weights = weights.new_empty(T if backward else 0, P)
-    step = max(1, SCRATCH_BYTES // (2 * max(1, N) * weights.element_size()))
+    parts = weights.new_empty(-(-N // STRIP), T, P) if backward else None
+    step = max(1, SCRATCH_BYTES // max(1, P * N * weights.element_size()))
     for start in range(0, T, step):
         rows = slice(start, start + step)
-        total = weights.new_zeros(y[rows].shape) if bias is None else bias.repeat(y[rows].shape[0], 1)
-        for p in range(P):
-            sums = _product(left[rows], patterns[p] if backward else patterns[p].t(), weights.dtype)
-            total.addcmul_(sums, weights[rows, p : p + 1])
-            if backward:
-                grad_weights[rows, p] = sums.mul_(x[rows]).sum(1)
-        y[rows] = total
-    return y, grad_weights
+        sums = _product(left[rows].expand(P, -1, K), right, weights.dtype)
+        ends = (x[rows], y[rows], parts[:, rows]) if backward else (None, y[rows], None)
+        torch.ops.dfn_cuda.combine_products(sums, weights[rows], bias, *ends)
+    return y, _joined(parts)
 
 
 def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-    """dP[p] = (w_p * grad)^T x, as many patterns at once as the scaled gradients have room for."""
+    """dP[p] = (w_p * grad)^T x, as many patterns at once as the scaled rows have room for.
+
+    The sum runs over tokens, so w cannot wait for it: w * grad or w * x, the narrower one, is rounded to x's dtype.
+    """
     (T, O), I, P = grad.shape, x.shape[1], weights.shape[1]
     out = x.new_empty(P, O, I)
-    group = max(1, SCRATCH_BYTES // max(1, T * O * x.element_size()))
+    group = max(1, SCRATCH_BYTES // max(1, T * min(O, I) * x.element_size()))
     for p in range(0, P, group):
-        some = weights[:, p : p + group]
-        scaled = x.new_empty(T, some.shape[1], O)
-        torch.mul(grad[:, None, :], some[:, :, None], out=scaled)  # in half precision, rounded here
-        out[p : p + group] = (scaled.flatten(1).t() @ x).view(some.shape[1], O, I)
+        mine, some = out[p : p + group], weights[:, p : p + group]
+        if O <= I:  # one product for all
+            torch.mm(torch.ops.dfn_cuda.scale_rows(grad, some).flatten(1).t(), x, out=mine.flatten(0, 1))
+        else:
+            scaled = torch.ops.dfn_cuda.scale_rows(x, some).transpose(0, 1)
+            torch.bmm(grad.t().expand(len(mine), O, T), scaled, out=mine)
     return out
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def _kernel(left, weights, patterns, bias, x, groups, wide) -> tuple[Tensor, Tensor]:
+def _kernel(left, weights, patterns, bias, x, groups, wide) -> tuple[Tensor, Tensor | None]:
     """y and, where x is given (the backward pass), the gradient of the weights."""
-    return torch.ops.dfn_cuda.route_tokens(left, weights, patterns, bias, x, *(groups or (None, None, None)), wide)
+    groups = groups or (None, None, None)
+    y, parts = torch.ops.dfn_cuda.route_tokens(left, weights, patterns, bias, x, *groups, wide)
+    return y, _joined(parts if x is not None else None)
 
 
-def _tokens(left, weights, patterns, bias, x, chosen, wide) -> tuple[Tensor, Tensor]:
+def _tokens(left, weights, patterns, bias, x, chosen, wide) -> tuple[Tensor, Tensor | None]:
     (T, K), P, N = left.shape, patterns.shape[0], patterns.shape[2 if x is not None else 1]
-    if _left_to_products(left, N):
+    if _left_to_products(left, P, N, x is not None):
         return _products(left, weights, patterns, bias, x, wide)
     listed = chosen is not None and grouping_pays(T, P, K, N, chosen.shape[1], left.dtype)
     return _kernel(left, weights, patterns, bias, x, grouped(chosen, P) if listed else None, wide)

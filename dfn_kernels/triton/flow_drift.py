@@ -1,10 +1,19 @@
-"""Flow drift in Triton: one pass over the states, forward and backward. The H * D outputs of an entity (at most 32, see
-`WIDE` in the op's file) lie in one tile, so a small matrix product does the work."""
+"""Flow drift in Triton: one pass over the states, forward and backward.
+
+The H * D outputs of an entity (at most 32, see `WIDE` in the op's file) are one tile of a small matrix product; one
+head of few outputs goes without: a sum over whole rows for each. Either way the time should be that of the memory.
+With s bytes a state and o = 4 H (3 D + 1) bytes for positions, flow and energy, an entity moves s d + o bytes forward
+(positions in and out, flow, energy) and 2 s d + o backward (states and their gradient; gradients of the outputs, flow),
+so 262,144 entities with d = 256 and one head in 3-D take 279 MB forward and 547 MB backward in float32, 145 MB and
+279 MB in bfloat16. The sums over entities add H D (d + 1) + H numbers per chunk, written and read once.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import NO_SPILLS
 
 
 @triton.jit
@@ -12,7 +21,7 @@ def forward_kernel(
     S, P, W, B, A,  # inputs: states, positions, weight, bias, alpha
     PN, F, E,  # outputs: positions, flow, energy
     H, N, D, d, sSb, sSn,  # shapes and strides
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr,  # BJ: H * D, padded; the others are tunable
 ):  # fmt: skip
     real: tl.constexpr = P.dtype.element_ty
@@ -29,7 +38,7 @@ def forward_kernel(
         channels = x < d
         s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=rows[:, None] & channels[None, :], other=0.0)
         w = tl.load(W + j[None, :] * d + x[:, None], mask=outputs[None, :] & channels[:, None], other=0.0)
-        acc += tl.dot(s.to(real), w, input_precision="ieee", out_dtype=real)
+        acc = tl.dot(s.to(real), w, acc, input_precision=PRECISION, out_dtype=real)
     if HAS_BIAS:
         acc += tl.load(B + j, mask=outputs, other=0.0)[None, :]
     inside = rows[:, None] & outputs[None, :]
@@ -44,10 +53,41 @@ def forward_kernel(
 
 
 @triton.jit
+def forward_rows_kernel(
+    S, P, W, B, A,  # inputs: states, positions, weight, bias, alpha
+    PN, F, E,  # outputs: positions, flow, energy
+    N, d, sSb, sSn,  # shapes and strides; one head
+    HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,  # BC: d, padded
+):  # fmt: skip
+    real: tl.constexpr = P.dtype.element_ty
+    blocks_n = tl.cdiv(N, BN)
+    pid = tl.program_id(0)
+    b = (pid // blocks_n).to(tl.int64)
+    n = (pid % blocks_n) * BN + tl.arange(0, BN).to(tl.int64)
+    x = tl.arange(0, BC)
+    rows, channels = n < N, x < d
+    s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=rows[:, None] & channels[None, :], other=0.0)
+    alpha = tl.load(A)
+    energy = tl.zeros((BN,), real)
+    for j in tl.static_range(D):
+        w = tl.load(W + j * d + x, mask=channels, other=0.0)
+        flow = tl.sum(s.to(real) * w[None, :], axis=1)
+        if HAS_BIAS:
+            flow += tl.load(B + j)
+        at = (b * N + n) * D + j
+        tl.store(F + at, flow, mask=rows)
+        tl.store(PN + at, tl.load(P + at, mask=rows, other=0.0) + alpha * flow, mask=rows)
+        energy += flow * flow
+    tl.store(E + b * N + n, energy, mask=rows)
+
+
+@triton.jit
 def backward_kernel(
     GP, GF, GE, S, W, A, F,  # inputs: gradients of the outputs; states, weight, alpha; the flow
-    GS, PW, PB, PA,  # outputs: gradient of states; partial sums for weight, bias and alpha, per chunk and output
-    H, N, D, d, sSb, sSn, chunk, chunks, blocks_c,  # shapes and strides; entities per chunk, chunks per sequence
+    GS, PART,  # outputs: gradient of states; per chunk the sums for weight, bias and alpha
+    H, N, D, d, sSb, sSn, chunk, chunks, blocks_c, columns,  # entities per chunk, chunks per sequence; columns of PART
+    PRECISION: tl.constexpr,
     BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     real: tl.constexpr = F.dtype.element_ty
@@ -67,6 +107,8 @@ def backward_kernel(
     for first in range(0, chunk, BN):
         n = begin + first + tl.arange(0, BN)
         rows = n < N
+        tile = rows[:, None] & channels[None, :]
+        s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=tile, other=0.0)
         inside = rows[:, None] & outputs[None, :]
         place = b * H * N + (h * N)[None, :] + n[:, None]
         at = place * D + (j % D)[None, :]
@@ -76,26 +118,123 @@ def backward_kernel(
         total = alpha[None, :] * by_position + tl.load(GF + at, mask=inside, other=0.0) + 2 * by_energy * flow
         sum_bias += tl.sum(total, axis=0)
         sum_alpha += tl.sum(by_position * flow, axis=0)
-        tile = rows[:, None] & channels[None, :]
-        s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=tile, other=0.0)
-        sum_weight += tl.dot(tl.trans(total), s.to(real), input_precision="ieee", out_dtype=real)
-        grad = tl.dot(total, w, input_precision="ieee", out_dtype=real)
+        sum_weight = tl.dot(tl.trans(total), s.to(real), sum_weight, input_precision=PRECISION, out_dtype=real)
+        grad = tl.dot(total, w, input_precision=PRECISION, out_dtype=real)
         tl.store(GS + b * N * d + n[:, None] * d + x[None, :], grad.to(GS.dtype.element_ty), mask=tile)
-    at = part * H * D + j
-    tl.store(PW + at[:, None] * d + x[None, :], sum_weight, mask=outputs[:, None] & channels[None, :])
-    once = outputs & (pid % blocks_c == 0)
-    tl.store(PB + at, sum_bias, mask=once)
-    tl.store(PA + at, sum_alpha, mask=once)
+    PART += part * columns
+    tl.store(PART + j[:, None] * d + x[None, :], sum_weight, mask=outputs[:, None] & channels[None, :])
+    if pid % blocks_c == 0:
+        PART += H * D * d
+        tl.store(PART + j, sum_bias, mask=outputs)
+        for head in range(H):
+            tl.store(PART + H * D + head, tl.sum(tl.where(outputs & (h == head), sum_alpha, 0.0), axis=0))
+
+
+@triton.jit
+def backward_rows_kernel(
+    GP, GF, GE, S, W, A, F,  # inputs: gradients of the outputs; states, weight, alpha; the flow
+    GS, PART,  # outputs: gradient of states; per chunk the sums for weight, bias and alpha
+    N, d, sSb, sSn, chunk, chunks, columns,  # one head; entities per chunk, chunks per sequence; columns of PART
+    STAGES: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr,  # BJ: D, padded; BC: d, padded
+):  # fmt: skip
+    real: tl.constexpr = F.dtype.element_ty
+    part = tl.program_id(0).to(tl.int64)
+    b, begin = part // chunks, (part % chunks) * chunk
+    x, j = tl.arange(0, BC), tl.arange(0, BJ)
+    channels = x < d
+    alpha = tl.load(A)
+    sum_weight = tl.zeros((BJ, BC), real)
+    sum_bias = tl.zeros((BJ,), real)
+    sum_alpha = tl.zeros((BN,), real)
+    for first in tl.range(0, chunk, BN, num_stages=STAGES):
+        n = begin + first + tl.arange(0, BN)
+        rows = n < N
+        tile = rows[:, None] & channels[None, :]
+        s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=tile, other=0.0).to(real)
+        by_energy = 2 * tl.load(GE + b * N + n, mask=rows, other=0.0)
+        grad = tl.zeros((BN, BC), real)
+        for o in tl.static_range(D):
+            at = (b * N + n) * D + o
+            flow = tl.load(F + at, mask=rows, other=0.0)
+            by_position = tl.load(GP + at, mask=rows, other=0.0)
+            total = alpha * by_position + tl.load(GF + at, mask=rows, other=0.0) + by_energy * flow
+            sum_alpha += by_position * flow
+            sum_bias += tl.where(j == o, tl.sum(total, axis=0), 0.0)
+            sum_weight += tl.where((j == o)[:, None], tl.sum(total[:, None] * s, axis=0)[None, :], 0.0)
+            grad += total[:, None] * tl.load(W + o * d + x, mask=channels, other=0.0)[None, :]
+        tl.store(GS + b * N * d + n[:, None] * d + x[None, :], grad.to(GS.dtype.element_ty), mask=tile)
+    PART += part * columns
+    tl.store(PART + j[:, None] * d + x[None, :], sum_weight, mask=(j < D)[:, None] & channels[None, :])
+    tl.store(PART + D * d + j, sum_bias, mask=j < D)
+    tl.store(PART + D * d + D, tl.sum(sum_alpha, axis=0))
+
+
+@triton.jit
+def sum_kernel(
+    PART,  # input: [parts, columns]
+    GW, GB, GA,  # outputs: its sum, in three pieces
+    parts, weights, biases, columns,  # shapes
+    BK: tl.constexpr, BX: tl.constexpr,  # tunable
+):  # fmt: skip
+    x = tl.program_id(0) * BX + tl.arange(0, BX)
+    acc = tl.zeros((BK, BX), GW.dtype.element_ty)
+    for first in range(0, parts, BK):
+        k = first + tl.arange(0, BK).to(tl.int64)
+        inside = (k < parts)[:, None] & (x < columns)[None, :]
+        acc += tl.load(PART + k[:, None] * columns + x[None, :], mask=inside, other=0.0)
+    total = tl.sum(acc, axis=0)
+    tl.store(GW + x, total, mask=x < weights)
+    x -= weights
+    tl.store(GB + x, total, mask=(x >= 0) & (x < biases))
+    x -= biases
+    tl.store(GA + x, total, mask=(x >= 0) & (x < columns - weights - biases))
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def tiles(outputs: int, dtype: torch.dtype) -> dict[str, int]:
-    """A function of H * D alone; every value it gives is compiled ahead of time by the tests."""
-    return {"BN": 16, "BJ": 16 if outputs <= 16 else 32, "BC": 16 if dtype == torch.float64 else 32}
+# Products of float32 in three parts of tensor-core precision: at the memory's speed, and closer to float64 than a plain
+# float32 sum. AMD's compiler has no such product; its matrix cores multiply float32 itself.
+PRECISION = {torch.float32: "ieee" if torch.version.hip else "tf32x3", torch.float64: "ieee"}
+# Rows on their way while others are worked on. On AMD they would wait in registers, and there are not enough.
+STAGES = 1 if torch.version.hip else 3
+SUM = {"BK": 64, "BX": 32}
+ROWS = {"maxnreg": 160} if NO_SPILLS else {}  # whole rows need more registers than other kernels
 
 
-def backward_warps(tile: dict[str, int]) -> int:
-    return 8 if tile["BJ"] == 32 else 4
+def _padded(size: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(size))
+
+
+def by_rows(H: int, D: int, d: int, dtype: torch.dtype) -> bool:
+    """Whether few outputs make the product not worth its padding."""
+    return H == 1 and D <= 3 and d <= 1024 and dtype != torch.float64
+
+
+# Tiles are functions of shape and dtypes, and few: the tests compile all of them ahead of time. The limit is registers.
+def forward_tile(outputs: int, states: torch.dtype, real: torch.dtype) -> dict:
+    BJ = _padded(outputs, 16)
+    if real == torch.float64:
+        return {"PRECISION": PRECISION[real], "BN": 16, "BJ": BJ, "BC": 16}
+    return {"PRECISION": PRECISION[real], "BN": 64, "BJ": BJ, "BC": 64 if BJ == 16 and states == real else 32}
+
+
+def forward_rows_tile(D: int, d: int) -> dict:
+    BC = _padded(d, 128)
+    return {"D": D, "BN": min(16, 4096 // BC), "BC": BC}
+
+
+def backward_tile(outputs: int, d: int, states: torch.dtype, real: torch.dtype) -> dict:
+    BJ = _padded(outputs, 16)
+    widest = 16 if real == torch.float64 else 128 if BJ == 16 else 32 if states == real else 64
+    return {"PRECISION": PRECISION[real], "BN": 16, "BJ": BJ, "BC": min(_padded(d, 64), widest)}
+
+
+def backward_rows_tile(D: int, d: int) -> dict:
+    return {"STAGES": STAGES, "D": D, "BN": 8, "BJ": _padded(D, 1), "BC": _padded(d, 128)}
+
+
+def backward_warps(tile: dict) -> int:
+    return 8 if tile["BC"] >= 512 or tile["BC"] == 16 else 4
 
 
 def flow_drift(
@@ -107,12 +246,14 @@ def flow_drift(
     energy = positions.new_empty(B, H, N)
     if positions.numel() == 0:
         return moved, flow, energy.zero_()
-    tile = tiles(H * D, positions.dtype)
-    forward_kernel[(B * triton.cdiv(N, tile["BN"]),)](
+    sums = by_rows(H, D, d, positions.dtype) and states.dtype != positions.dtype  # float32: the product is faster
+    tile = forward_rows_tile(D, d) if sums else forward_tile(H * D, states.dtype, positions.dtype)
+    kernel, shape = (forward_rows_kernel, (N, d)) if sums else (forward_kernel, (H, N, D, d))
+    kernel[(B * triton.cdiv(N, tile["BN"]),)](
         states, positions, weight, alpha if bias is None else bias, alpha,
         moved, flow, energy,
-        H, N, D, d, states.stride(0), states.stride(1),
-        HAS_BIAS=bias is not None, **tile, num_warps=4,
+        *shape, states.stride(0), states.stride(1),
+        HAS_BIAS=bias is not None, **tile, num_warps=4, **(ROWS if sums else {}),
     )  # fmt: skip
     return moved, flow, energy
 
@@ -120,7 +261,7 @@ def flow_drift(
 def chunk_of(B: int, N: int, block: int) -> int:
     """Entities per partial sum: whole blocks, within one sequence, about 512 chunks in all if there are not more
     sequences. A function of the shape alone, so that the order of the sums is."""
-    return triton.cdiv(max(triton.cdiv(N, max(512 // B, 1)), 4 * block), block) * block
+    return triton.cdiv(max(triton.cdiv(N, max(512 // B, 1)), 2 * block), block) * block
 
 
 def flow_drift_backward(
@@ -132,16 +273,24 @@ def flow_drift_backward(
     grad_states = states.new_empty(B, N, d)
     if flow.numel() == 0:
         return grad_states.zero_(), torch.zeros_like(weight), weight.new_zeros(H, D), torch.zeros_like(alpha)
-    tile = tiles(H * D, weight.dtype)
+    rows = by_rows(H, D, d, weight.dtype)
+    tile = backward_rows_tile(D, d) if rows else backward_tile(H * D, d, states.dtype, weight.dtype)
     chunk = chunk_of(B, N, tile["BN"])
     chunks, blocks = triton.cdiv(N, chunk), max(triton.cdiv(d, tile["BC"]), 1)
-    part_weight = weight.new_empty(B * chunks, H, D, d)
-    part_bias = weight.new_empty(B * chunks, H, D)
-    part_alpha = weight.new_empty(B * chunks, H, D)
-    backward_kernel[(B * chunks * blocks,)](
+    columns = H * D * (d + 1) + H
+    part = weight.new_empty(B * chunks, columns)
+    kernel, shape, more = (backward_rows_kernel, (N, d), ()) if rows else (backward_kernel, (H, N, D, d), (blocks,))
+    kernel[(B * chunks * blocks,)](
         grad_positions, grad_flow, grad_energy, states, weight, alpha, flow,
-        grad_states, part_weight, part_bias, part_alpha,
-        H, N, D, d, states.stride(0), states.stride(1), chunk, chunks, blocks,
+        grad_states, part,
+        *shape, states.stride(0), states.stride(1), chunk, chunks, *more, columns,
         **tile, num_warps=backward_warps(tile),
     )  # fmt: skip
-    return grad_states, part_weight.sum(0), part_bias.sum(0), part_alpha.sum((0, 2))
+    grad_weight, grad_bias, grad_alpha = torch.empty_like(weight), weight.new_empty(H, D), torch.empty_like(alpha)
+    sum_kernel[(triton.cdiv(columns, SUM["BX"]),)](
+        part,
+        grad_weight, grad_bias, grad_alpha,
+        B * chunks, H * D * d, H * D, columns,
+        **SUM, num_warps=4,
+    )  # fmt: skip
+    return grad_states, grad_weight, grad_bias, grad_alpha

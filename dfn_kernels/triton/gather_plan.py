@@ -1,10 +1,10 @@
-"""Orders and transposed lists for the gather on a GPU, in PyTorch operations: static shapes, no host synchronisation,
-and stable sorts, so that the result is always the same. Not yet run on a GPU."""
+"""Orders and transposed lists for the gather on a GPU: static shapes, no host synchronisation, and stable sorts, so
+that the result is always the same. Not yet run on a GPU."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-HUB = 1024  # edges; a longer list is cut into pieces of this many
 
 # By the number of dimensions: bits of a coordinate, and the steps that move them apart, so that the others fit between.
 SPREAD = {
@@ -37,31 +37,72 @@ def spatial_order(points: Tensor) -> Tensor:
     return torch.sort(code, dim=-1, stable=True).indices.int()
 
 
+@triton.jit
+def keys_kernel(
+    I,  # input: indices, [lists, edges]  # noqa: E741
+    KEYS,  # output: entities of all lists, numbered one after another; nobody is entity N of its list
+    total, edges, N,  # shapes
+    BE: tl.constexpr,  # tunable
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    j = tl.load(I + i, mask=i < total, other=-1)
+    key = (i // edges) * (N + 1) + tl.where((j >= 0) & (j < N), j, N)
+    tl.store(KEYS + i, key.to(KEYS.dtype.element_ty), mask=i < total)
+
+
+@triton.jit
+def lists_kernel(
+    KEYS, PLACES,  # inputs: the keys in order, and where each of them was
+    STARTS, EDGES,  # outputs [lists, N + 1] and [lists, edges]
+    total, edges, lists, N, k, shift, steps,  # shapes; 2**steps > edges
+    BE: tl.constexpr,  # tunable
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    inside = i < total
+    place = tl.load(PLACES + i, mask=inside, other=0) % edges
+    edge = ((place // k) << shift) + place % k
+    tl.store(EDGES + i, edge.to(EDGES.dtype.element_ty), mask=inside)
+
+    first = (i // (N + 1)) * edges  # of the list; i is the key that is looked for
+    inside = i < lists * (N + 1)
+    low, high = first, first + edges
+    for _ in range(steps):
+        middle = (low + high) // 2
+        before = tl.load(KEYS + middle, mask=inside & (low < high), other=0) < i
+        low, high = tl.where(before & (low < high), middle + 1, low), tl.where(before, high, middle)
+    tl.store(STARTS + i, low - first, mask=inside)
+
+
+# ---- launcher -------------------------------------------------------------------------------------------------------
+def slot_bits(k: int) -> int:
+    """An edge of a transposed list is query << slot_bits(k) | slot."""
+    return max(k - 1, 0).bit_length()
+
+
 def transpose_neighbors(
     indices: Tensor, query_order: Tensor | None, entity_order: Tensor | None, N: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For every entity the edges (query * k + slot) that point to it, ascending: starts [B,H,N+1], edges [B,H,M,k].
+    """For every entity the edges that point to it, ascending: starts int64 [B, H, N + 1] and edges [B, H, M, k], int32
+    below 2^30 edges, else int64. What follows after starts[.., N] has no meaning.
 
     Indices outside [0, N) are left out. The orders do not matter here.
     """
     N = entity_order.shape[2] if N is None else N
-    flat = indices.flatten(2)
-    ends = flat.where((flat >= 0) & (flat < N), N)
-    ordered, edges = torch.sort(ends, dim=-1, stable=True)
-    wanted = torch.arange(N + 1, device=indices.device).expand(*indices.shape[:2], N + 1).contiguous()
-    return torch.searchsorted(ordered, wanted), edges.view(indices.shape)
-
-
-def hub_pieces(starts: Tensor, edges: int) -> tuple[Tensor, Tensor]:
-    """The pieces of all lists longer than HUB: their entities (-1: no such piece) and numbers, [B, H, pieces].
-
-    As many as there can be at most: a list of more than HUB edges makes fewer than 2 / HUB pieces per edge.
-    """
-    B, H, N = starts.shape[0], starts.shape[1], starts.shape[2] - 1
-    counts = starts[..., 1:] - starts[..., :-1]
-    each = ((counts + HUB - 1) // HUB).where(counts > HUB, 0)
-    ends = each.cumsum(-1)
-    place = torch.arange(2 * edges // HUB if edges > HUB else 0, device=starts.device).expand(B, H, -1).contiguous()
-    entity = torch.searchsorted(ends, place, right=True)
-    number = place - (ends - each).gather(-1, entity.clamp(max=N - 1))
-    return entity.where(entity < N, -1), number
+    B, H, M, k = indices.shape
+    lists, edges, total = B * H, M * k, indices.numel()
+    if total == 0:
+        starts = torch.zeros(B, H, N + 1, dtype=torch.int64, device=indices.device)
+        return starts, torch.zeros_like(indices, dtype=torch.int32)
+    keys = indices.new_empty(total, dtype=torch.int32 if lists * (N + 1) < 2**31 else torch.int64)
+    keys_kernel[(triton.cdiv(total, 1024),)](indices, keys, total, edges, N, BE=1024, num_warps=4)
+    keys, places = torch.sort(keys, stable=True)
+    starts = indices.new_empty(B, H, N + 1)
+    out = indices.new_empty(indices.shape, dtype=torch.int32 if edges < 2**30 else torch.int64)
+    grid = (triton.cdiv(max(total, starts.numel()), 1024),)
+    lists_kernel[grid](
+        keys, places,
+        starts, out,
+        total, edges, lists, N, k, slot_bits(k), edges.bit_length(),
+        BE=1024, num_warps=4,
+    )  # fmt: skip
+    return starts, out

@@ -1,6 +1,9 @@
-"""Gaussian gather in Triton, forward. A program serves some channels of queries that follow each other in the order;
-nothing is tuned at run time, so that a new length costs nothing. A list is what heads that share their neighbours
-share: [B, LH] lists for [B, H] groups, LH = H or 1. Not yet run on a GPU."""
+"""Gaussian gather in Triton, forward: weights_kernel makes the weights of all edges, gather_kernel walks them with
+whole rows in a tile and the walk unrolled, so that many rows are on their way at once. Nothing is tuned at run time.
+
+A list is what heads that share their neighbours share: [B, LH] lists for [B, H] groups, LH = H or 1. An argument that
+is not given is None in a kernel, too. Not yet run on a GPU.
+"""
 
 import torch
 import triton
@@ -11,117 +14,193 @@ from . import NO_SPILLS
 
 
 @triton.jit
-def _exponent(P, Q, j, m, valid, scale, D):
-    """scale * |q_m - p_j|^2 with scale = -1 / (2 sigma^2); -inf where there is no neighbour."""
-    total = tl.zeros(j.shape, Q.dtype.element_ty)
-    for a in range(D):
-        step = tl.load(Q + m * D + a, mask=valid, other=0.0) - tl.load(P + j * D + a, mask=valid, other=0.0)
-        total += step * step
-    return tl.where(valid, scale * total, float("-inf"))
-
-
-@triton.jit
-def _top(P, Q, I, m, rows, scale, N, D, k):  # noqa: E741
-    """The largest exponent of each row, 0 for a row without neighbours: normalised weights are relative to it."""
-    top = tl.full(m.shape, float("-inf"), Q.dtype.element_ty)
-    for s in range(k):
-        j = tl.load(I + m * k + s, mask=rows, other=-1)
-        top = tl.maximum(top, _exponent(P, Q, j, m, rows & (j >= 0) & (j < N), scale, D))
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def _influence(W, j, valid, HAS_INFLUENCE: tl.constexpr):
-    if HAS_INFLUENCE:
-        return tl.load(W + j, mask=valid, other=0.0)
-    else:
-        return 1.0
-
-
-@triton.jit
-def forward_kernel(
-    P, Q, V, I, S, W, ORDER,  # inputs: positions, queries, values, indices, sigma, influence, order  # noqa: E741
-    Y,  # output
-    H, LH, N, M, D, c, k, sO, sVb, sVh, sVn, sYb, sYh, sYm,  # shapes and strides
-    HAS_INFLUENCE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,  # tunable
-):  # fmt: skip
-    blocks_m, blocks_c = tl.cdiv(M, BM), tl.cdiv(c, BC)
-    pid = tl.program_id(0)
-    group = (pid // (blocks_m * blocks_c)).to(tl.int64)
+def _group(pid, blocks, H, LH):
+    """What a program works on: group, batch, head, list, and its number within the group."""
+    group = (pid // blocks).to(tl.int64)
     b, h = group // H, group % H
-    list_ = b * LH + h % LH
-    turn = ((pid // blocks_c) % blocks_m) * BM + tl.arange(0, BM)
-    x = (pid % blocks_c) * BC + tl.arange(0, BC)
-    rows, channels = turn < M, x < c
-    m = tl.load(ORDER + list_ * sO + turn, mask=rows, other=0).to(tl.int64)
-    P += group * N * D
-    Q += group * M * D
-    I += list_ * M * k  # noqa: E741
-    W += group * N
-    V += b * sVb + h * sVh
-    Y += b * sYb + h * sYh
-    sigma = tl.load(S + h)
-    scale = -0.5 / (sigma * sigma)
+    return group, b, h, b * LH + h % LH, pid % blocks
 
-    top = tl.zeros((BM,), Q.dtype.element_ty)
+
+@triton.jit
+def _in_order(ORDER, turn, inside):
+    """Who has its turn; the first where nobody has."""
+    if ORDER is None:
+        return tl.where(inside, turn, 0).to(tl.int64)
+    else:
+        return tl.load(ORDER + turn, mask=inside, other=0).to(tl.int64)
+
+
+@triton.jit
+def _weights(
+    P, Q, I, SQ, W, m, rows, s, scale, N, D, k,  # positions .. influence of the group; queries and slots  # noqa: E741
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Of queries m [BM], slots s [K]: entity, whether there is one, exponent, and weight without and with influence.
+
+    Normalised weights are relative to the row's largest; where they sum to zero, all are zero.
+    """
+    at = m[:, None] * k + s[None, :]
+    inside = rows[:, None] & (s < k)[None, :]
+    j = tl.load(I + at, mask=inside, other=-1)
+    valid = (j >= 0) & (j < N)
+    sq_dist = tl.zeros(j.shape, Q.dtype.element_ty)
+    if SQ is not None:
+        sq_dist = tl.load(SQ + at, mask=valid, other=0.0)
+    else:
+        for start in range(0, D, 4):
+            for u in tl.static_range(4):
+                a = start + u
+                q = tl.load(Q + m * D + a, mask=rows & (a < D), other=0.0)
+                step = q[:, None] - tl.load(P + j * D + a, mask=valid & (a < D), other=0.0)
+                sq_dist += step * step
+    exponent = tl.where(valid, scale * sq_dist, float("-inf"))
     if NORMALIZE:
-        top = _top(P, Q, I, m, rows, scale, N, D, k)
-    total = tl.zeros((BM,), Q.dtype.element_ty)
-    acc = tl.zeros((BM, BC), Q.dtype.element_ty)
-    for s in range(k):
-        j = tl.load(I + m * k + s, mask=rows, other=-1)
-        valid = rows & (j >= 0) & (j < N)
-        weight = tl.exp(_exponent(P, Q, j, m, valid, scale, D) - top) * _influence(W, j, valid, HAS_INFLUENCE)
-        weight = tl.where(valid, weight, 0.0)
-        total += weight
-        value = tl.load(V + j[:, None] * sVn + x[None, :], mask=valid[:, None] & channels[None, :], other=0.0)
-        acc += weight[:, None] * value.to(acc.dtype)
+        top = tl.max(exponent, axis=1)
+        gauss = tl.exp(exponent - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    else:
+        gauss = tl.exp(exponent)
+    influence = tl.full(j.shape, 1.0, Q.dtype.element_ty)
+    if W is not None:
+        influence = tl.load(W + j, mask=valid, other=0.0)
     if NORMALIZE:
-        acc = acc * tl.where(total != 0, 1.0 / tl.where(total == 0, 1.0, total), 0.0)[:, None]
+        total = tl.sum(gauss * influence, axis=1)
+        gauss = gauss * tl.where(total != 0, 1.0 / tl.where(total == 0, 1.0, total), 0.0)[:, None]
+    return j, valid, exponent, gauss, gauss * influence
+
+
+@triton.jit
+def _write_zeros(ZEROS):
+    if tl.program_id(0) == 0:
+        tl.store(ZEROS + tl.arange(0, 256), tl.zeros((256,), ZEROS.dtype.element_ty))
+
+
+@triton.jit
+def weights_kernel(
+    P, Q, I, SQ, S, W,  # inputs: positions, queries, indices, squared distances, sigma, influence  # noqa: E741
+    EW, ZEROS,  # outputs: weights [.., M, k], [256]
+    H, LH, N, M, D, k,  # shapes
+    NORMALIZE: tl.constexpr,
+    BM: tl.constexpr, K: tl.constexpr,  # tunable; K >= k
+):  # fmt: skip
+    group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(M, BM), H, LH)
+    m = block * BM + tl.arange(0, BM).to(tl.int64)
+    s = tl.arange(0, K)
+    rows = m < M
+    sigma = tl.load(S + h)
+    if SQ is not None:
+        SQ += group * M * k
+    if W is not None:
+        W += group * N
+    _, _, _, _, weight = _weights(
+        P + group * N * D, Q + group * M * D, I + list_ * M * k, SQ, W, m, rows, s, -0.5 / (sigma * sigma), N, D, k,
+        NORMALIZE,
+    )  # fmt: skip
+    at = m[:, None] * k + s[None, :]
+    tl.store(EW + group * M * k + at, weight, mask=rows[:, None] & (s < k)[None, :])
+    _write_zeros(ZEROS)
+
+
+@triton.jit
+def _rows(base, row, stride, there, ZEROS, x, channels):
+    """Rows of base, zeros where there is none: a mask by rows would cost registers, and so loads on their way."""
+    start = tl.where(there, base + row.to(tl.int32).to(tl.int64) * stride, ZEROS)  # 32 bits times 32: one instruction
+    return tl.load(start[:, None] + x[None, :], mask=channels[None, :], other=0.0)
+
+
+@triton.jit
+def gather_kernel(
+    V, I, EW, ZEROS, ORDER,  # inputs: values, indices, weights of the edges, [BC] zeros, order of queries  # noqa: E741
+    Y,  # output
+    H, LH, N, M, c, k, sVb, sVh, sVn, sYb, sYh, sYm,  # shapes and strides
+    BM: tl.constexpr, BC: tl.constexpr, U: tl.constexpr,  # tunable; U edges at once
+):  # fmt: skip
+    blocks_c = tl.cdiv(c, BC)
+    group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(M, BM) * blocks_c, H, LH)
+    turn = (block // blocks_c) * BM + tl.arange(0, BM)
+    left = (block % blocks_c) * BC
+    x = tl.arange(0, BC)
+    rows, channels = turn < M, left + x < c
+    if ORDER is not None:
+        ORDER += list_ * M
+    m = _in_order(ORDER, turn, rows)
+    V += b * sVb + h * sVh + left
+    I += list_ * M * k  # noqa: E741
+    EW += group * M * k
+    acc = tl.zeros((BM, BC), EW.dtype.element_ty)
+    for start in range(0, k, U):
+        for u in tl.static_range(U):
+            at = m * k + tl.minimum(start + u, k - 1)
+            j = tl.load(I + at)
+            weight = tl.load(EW + at)
+            there = (j >= 0) & (j < N) & (start + u < k)
+            value = _rows(V, j, sVn, there, ZEROS, x, channels)
+            acc += weight[:, None] * value.to(acc.dtype)
+    Y += b * sYb + h * sYh + left
     tl.store(Y + m[:, None] * sYm + x[None, :], acc.to(Y.dtype.element_ty), mask=rows[:, None] & channels[None, :])
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
+# Every value that these functions give is compiled ahead of time by the tests.
 def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and channels of a program. A function of the channel count alone; every value it gives is compiled ahead of
-    time by the tests."""
-    channels = 32 if c <= 32 else 64 if c <= 64 else 128
-    if dtype == torch.float64:
-        channels = 32
-    return {"rows": 512 // channels, "channels": channels}
+    """Rows and channels of a program: whole rows up to 256 channels, 8 KiB in all."""
+    most = 128 if dtype == torch.float64 else 256
+    channels = min(max(triton.next_power_of_2(c), 32), most)
+    if -c % channels >= 128:
+        channels = 128
+    return {"rows": min(8192 // (channels * dtype.itemsize), 32), "channels": channels}
+
+
+def unrolled(k: int, x: Tensor) -> int:
+    """Edges that are walked at once: few where the rows of x are read number by number, not 16 bytes at once."""
+    aligned = all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
+    return (8 if k > 4 else 4) if aligned else 2
+
+
+def edge_tiles(k: int) -> dict[str, int]:
+    """Queries of a program that holds all of their edges, and edges of each."""
+    width = 16 if k <= 16 else 64 if k <= 64 else 256 if k <= 256 else 1024
+    return {"BM": max(512 // width, 1), "K": width}
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def order_or_all(order: Tensor | None, n: int, like: Tensor) -> tuple[Tensor, int]:
-    """An order and how far apart those of two lists are. Without one, things come as they are."""
-    if order is None:
-        return torch.arange(n, dtype=torch.int32, device=like.device), 0
-    return order, n
+def edge_weights(
+    positions: Tensor, queries: Tensor, indices: Tensor, sigma: Tensor, influence: Tensor | None,
+    sq_dists: Tensor | None, normalize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights [B, H, M, k], 0 where there is no neighbour; and a row of zeros, to be read where there is none."""
+    B, H, N, D = positions.shape
+    LH, M, k = indices.shape[1:]
+    weights, zeros = positions.new_empty(B, H, M, k), positions.new_empty(256)
+    if weights.numel():
+        tile = edge_tiles(k)
+        weights_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
+            positions, queries, indices, sq_dists, sigma, influence,
+            weights, zeros,
+            H, LH, N, M, D, k,
+            NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
+        )  # fmt: skip
+    return weights, zeros
 
 
 def gaussian_gather(
     positions: Tensor, queries: Tensor, values: Tensor, indices: Tensor, sigma: Tensor, influence: Tensor | None,
     sq_dists: Tensor | None, query_order: Tensor | None, normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """`sq_dists` is left alone: a load of k distances costs what a load of k positions from the cache does."""
-    B, H, N, D = positions.shape
+    B, H, N, c = values.shape
     LH, M, k = indices.shape[1:]
-    c = values.shape[3]
     out = values.new_empty(B, M, H, c).transpose(1, 2)
     if out.numel() == 0:
         return out
+    weights, zeros = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
     tile = tiles(c, values.dtype)
-    order, step = order_or_all(query_order, M, indices)
     grid = (B * H * triton.cdiv(M, tile["rows"]) * triton.cdiv(c, tile["channels"]),)
-    forward_kernel[grid](
-        positions, queries, values, indices, sigma, positions if influence is None else influence, order,
+    gather_kernel[grid](
+        values, indices, weights, zeros.view(values.dtype), query_order,
         out,
-        H, LH, N, M, D, c, k, step, *row_strides(values), *row_strides(out),
-        HAS_INFLUENCE=influence is not None, NORMALIZE=normalize,
-        BM=tile["rows"], BC=tile["channels"], num_warps=4, **NO_SPILLS,
+        H, LH, N, M, c, k, *row_strides(values), *row_strides(out),
+        BM=tile["rows"], BC=tile["channels"], U=unrolled(k, values), num_warps=4,
     )  # fmt: skip
     return out

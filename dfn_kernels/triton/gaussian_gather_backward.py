@@ -1,7 +1,11 @@
-"""Gaussian gather in Triton, backward: along the edges of each query, then over the edges that point to each entity.
+"""Gaussian gather in Triton, backward, in two passes. By query: dots_kernel reads the values, once, and edges_kernel
+makes of the dots what every edge weighs, and the gradients of queries and sigma. By entity: entities_kernel walks the
+edges that point to each entity, once, for the gradients of values, positions and influence.
 
-Long lists (hubs: many points in one place) are cut into pieces of HUB edges. A piece is served like an entity, into
-`parts`; hub_kernel adds the pieces in their order. So the same bits come out in every run. Not yet run on a GPU."""
+Lists longer than HUB are cut at multiples of HUB. A piece is served like an entity, into `parts`; hubs_kernel adds the
+pieces in their order. So every sum has one order, whatever the lists, and the same bits come out in every run.
+Not yet run on a GPU.
+"""
 
 import torch
 import triton
@@ -9,216 +13,346 @@ import triton.language as tl
 from torch import Tensor
 
 from . import NO_SPILLS
-from .gather_plan import HUB, hub_pieces, transpose_neighbors
-from .gaussian_gather import _exponent, _influence, _top, order_or_all, row_strides, tiles
+from .gather_plan import slot_bits, transpose_neighbors
+from .gaussian_gather import (
+    _group,
+    _in_order,
+    _rows,
+    _weights,
+    _write_zeros,
+    edge_tiles,
+    edge_weights,
+    row_strides,
+    tiles,
+    unrolled,
+)
+
+HUB = 512  # edges
 
 
 @triton.jit
-def backward_along_kernel(
-    V, I, G, ORDER,  # inputs: values, indices, gradient of the output, order  # noqa: E741
+def dots_kernel(
+    V, I, G, ORDER,  # inputs: values, indices, gradient of the output, order of the queries  # noqa: E741
     A,  # output [.., M, k]: <g_m, v_j>, along which the weight of the edge moves the loss
-    H, LH, N, M, c, k, sO, sVb, sVh, sVn, sGb, sGh, sGm,  # shapes and strides
-    BM: tl.constexpr, BC: tl.constexpr,  # tunable
+    H, LH, N, M, c, k, sVb, sVh, sVn, sGb, sGh, sGm,  # shapes and strides
+    BM: tl.constexpr, BC: tl.constexpr, K: tl.constexpr,  # tunable; K edges at once
 ):  # fmt: skip
-    blocks_m = tl.cdiv(M, BM)
-    pid = tl.program_id(0)
-    group = (pid // blocks_m).to(tl.int64)
-    b, h = group // H, group % H
-    list_ = b * LH + h % LH
-    turn = (pid % blocks_m) * BM + tl.arange(0, BM)
-    x = tl.arange(0, BC)
+    group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(M, BM), H, LH)
+    turn = block * BM + tl.arange(0, BM)
     rows = turn < M
-    m = tl.load(ORDER + list_ * sO + turn, mask=rows, other=0).to(tl.int64)
+    if ORDER is not None:
+        ORDER += list_ * M
+    m = _in_order(ORDER, turn, rows)
     V += b * sVb + h * sVh
     G += b * sGb + h * sGh
-    for s in range(k):
-        j = tl.load(I + (list_ * M + m) * k + s, mask=rows, other=-1)
-        valid = rows & (j >= 0) & (j < N)
-        along = tl.zeros((BM,), A.dtype.element_ty)
+    for first in range(0, k, K):
+        s = first + tl.arange(0, K)
+        at = m[:, None] * k + tl.minimum(s, k - 1)[None, :]
+        j = tl.load(I + list_ * M * k + at)
+        there = (j >= 0) & (j < N)
+        row = tl.where(there, j, 0).to(tl.int32).to(tl.int64) * sVn
+        dots = tl.zeros((BM, K), A.dtype.element_ty)
         for start in range(0, c, BC):
-            inside = valid[:, None] & (start + x < c)[None, :]
-            g = tl.load(G + m[:, None] * sGm + start + x[None, :], mask=inside, other=0.0)
-            v = tl.load(V + j[:, None] * sVn + start + x[None, :], mask=inside, other=0.0)
-            along += tl.sum(g.to(along.dtype) * v.to(along.dtype), axis=1)
-        tl.store(A + (group * M + m) * k + s, along, mask=rows)
+            x = start + tl.arange(0, BC)
+            g = tl.load(G + (m * sGm)[:, None] + x[None, :], mask=(x < c)[None, :], other=0.0)
+            v = tl.load(V + row[:, :, None] + x[None, None, :], mask=(x < c)[None, None, :], other=0.0)
+            dots += tl.sum(g.to(dots.dtype)[:, None, :] * v.to(dots.dtype), axis=2)
+        tl.store(A + group * M * k + at, tl.where(there, dots, 0.0), mask=rows[:, None] & (s < k)[None, :])
 
 
 @triton.jit
-def backward_edges_kernel(
-    P, Q, I, S, W,  # inputs  # noqa: E741
-    EW, ES, EI, GQ, GS,  # outputs: edge weight, slope (holds <g, v> before), influence; gradients of queries, sigma
+def edges_kernel(
+    P, Q, I, SQ, S, W, A,  # inputs  # noqa: E741
+    EW, ES, EI,  # outputs by edge: weight, slope, influence's part
+    GQ, GS, ZEROS,  # outputs: gradient of queries, of sigma by program; [256]
     H, LH, N, M, D, k,  # shapes
-    HAS_INFLUENCE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BM: tl.constexpr,  # tunable
+    NORMALIZE: tl.constexpr,
+    BM: tl.constexpr, K: tl.constexpr,  # tunable; K >= k
 ):  # fmt: skip
-    blocks_m = tl.cdiv(M, BM)
     pid = tl.program_id(0)
-    group = (pid // blocks_m).to(tl.int64)
-    m = (pid % blocks_m) * BM + tl.arange(0, BM).to(tl.int64)
+    group, b, h, list_, block = _group(pid, tl.cdiv(M, BM), H, LH)
+    m = block * BM + tl.arange(0, BM).to(tl.int64)
+    s = tl.arange(0, K)
     rows = m < M
     P += group * N * D
     Q += group * M * D
-    I += ((group // H) * LH + group % LH) * M * k  # noqa: E741
-    EW += group * M * k
-    ES += group * M * k
-    W += group * N
-    sigma = tl.load(S + group % H)
+    edges = group * M * k
+    at = m[:, None] * k + s[None, :]
+    inside = rows[:, None] & (s < k)[None, :]
+    sigma = tl.load(S + h)
     scale = -0.5 / (sigma * sigma)
-
-    top = tl.zeros((BM,), Q.dtype.element_ty)
-    factor = tl.full((BM,), 1.0, Q.dtype.element_ty)
-    mean = tl.zeros((BM,), Q.dtype.element_ty)  # <g, y>: the part that normalisation takes away
+    if SQ is not None:
+        SQ += edges
+    if W is not None:
+        W += group * N
+    j, valid, exponent, gauss, weight = _weights(P, Q, I + list_ * M * k, SQ, W, m, rows, s, scale, N, D, k, NORMALIZE)
+    along = tl.load(A + edges + at, mask=inside, other=0.0)
     if NORMALIZE:
-        top = _top(P, Q, I, m, rows, scale, N, D, k)
-        total = tl.zeros((BM,), Q.dtype.element_ty)
-        for s in range(k):
-            j = tl.load(I + m * k + s, mask=rows, other=-1)
-            valid = rows & (j >= 0) & (j < N)
-            weight = tl.exp(_exponent(P, Q, j, m, valid, scale, D) - top) * _influence(W, j, valid, HAS_INFLUENCE)
-            total += tl.where(valid, weight, 0.0)
-            mean += tl.where(valid, weight * tl.load(ES + m * k + s, mask=rows, other=0.0), 0.0)
-        factor = tl.where(total != 0, 1.0 / tl.where(total == 0, 1.0, total), 0.0)
-        mean = mean * factor
-    grad_sigma = tl.zeros((BM,), Q.dtype.element_ty)
-    for s in range(k):
-        j = tl.load(I + m * k + s, mask=rows, other=-1)
-        valid = rows & (j >= 0) & (j < N)
-        exponent = _exponent(P, Q, j, m, valid, scale, D)
-        gauss = tl.where(valid, tl.exp(exponent - top) * factor, 0.0)
-        weight = gauss * _influence(W, j, valid, HAS_INFLUENCE)
-        rest = tl.load(ES + m * k + s, mask=rows, other=0.0) - mean
-        tl.store(EW + m * k + s, weight, mask=rows)
-        tl.store(ES + m * k + s, weight * rest, mask=rows)
-        if HAS_INFLUENCE:
-            tl.store(EI + group * M * k + m * k + s, gauss * rest, mask=rows)
-        grad_sigma -= weight * rest * tl.where(valid, 2.0 * exponent, 0.0)
-    tl.store(GS + group * M + m, grad_sigma / sigma, mask=rows)
-    for a in range(D):
-        q = tl.load(Q + m * D + a, mask=rows, other=0.0)
-        grad_q = tl.zeros((BM,), Q.dtype.element_ty)
-        for s in range(k):
-            j = tl.load(I + m * k + s, mask=rows, other=-1)
-            valid = rows & (j >= 0) & (j < N)
-            slope = tl.load(ES + m * k + s, mask=valid, other=0.0)
-            grad_q -= slope * (q - tl.load(P + j * D + a, mask=valid, other=0.0))
-        tl.store(GQ + group * M * D + m * D + a, -2.0 * scale * grad_q, mask=rows)
+        along -= tl.sum(weight * along, axis=1)[:, None]  # what the sum of the weights takes back
+    slope = weight * along
+    if EW is not None:
+        tl.store(EW + edges + at, weight, mask=inside)
+    if ES is not None:
+        tl.store(ES + edges + at, slope, mask=inside)
+    if EI is not None:
+        tl.store(EI + edges + at, gauss * along, mask=inside)
+    if GS is not None:
+        tl.store(GS + pid, tl.sum(slope * tl.where(valid, -2.0 * exponent, 0.0)) / sigma)
+    _write_zeros(ZEROS)
+    if GQ is not None:
+        GQ += group * M * D
+        for start in range(0, D, 4):
+            for u in tl.static_range(4):
+                a = start + u
+                q = tl.load(Q + m * D + a, mask=rows & (a < D), other=0.0)
+                step = q[:, None] - tl.load(P + j * D + a, mask=valid & (a < D), other=0.0)
+                grad_q = tl.sum(tl.where(valid, slope * step, 0.0), axis=1)
+                tl.store(GQ + m * D + a, 2.0 * scale * grad_q, mask=rows & (a < D))
 
 
 @triton.jit
-def _edges_of(STARTS, ORDER, PIECES, NUMBERS, turn, list_, N, pieces, sO, HUB: tl.constexpr):
-    """Entity, first edge and number of edges of each turn: entities in their order, then the pieces of hubs."""
+def _share(STARTS, EDGES, I, ORDER, turn, N, k, shift, pieces, HUB: tl.constexpr):  # noqa: E741
+    """What each row of a tile serves: entity, first edge, number of edges; whether it is a whole list; or a piece.
+
+    Entities come first, in their order. Then come two places for every HUB edges: for the list of the first of them,
+    and for that of the last if it begins among them. Other long lists than these two cannot be there.
+    """
     own, piece = turn < N, (turn >= N) & (turn < N + pieces)
-    n = tl.load(ORDER + list_ * sO + turn, mask=own, other=-1).to(tl.int64)
-    n = tl.where(piece, tl.load(PIECES + list_ * pieces + turn - N, mask=piece, other=-1), n)
-    start = tl.load(STARTS + list_ * (N + 1) + n, mask=n >= 0, other=0)
-    count = tl.load(STARTS + list_ * (N + 1) + n + 1, mask=n >= 0, other=0) - start
-    number = tl.load(NUMBERS + list_ * pieces + turn - N, mask=piece, other=0)
-    left = tl.where(piece, tl.minimum(count - number * HUB, HUB), tl.where(count > HUB, 0, count))
-    return n, start + number * HUB, left.to(tl.int32), own & (count <= HUB), piece & (n >= 0)
+    place = turn - N
+    cut = (place // 2).to(tl.int64) * HUB
+    end = tl.load(STARTS + N)
+    piece = piece & (cut < end)
+    edge = tl.load(EDGES + tl.where(place % 2 == 0, cut, tl.minimum(cut + HUB, end) - 1), mask=piece, other=0)
+    slot = (edge >> shift).to(tl.int64) * k + (edge & ((1 << shift) - 1))
+    n = tl.where(own, _in_order(ORDER, turn, own), tl.load(I + slot, mask=piece, other=0))
+    first = tl.load(STARTS + n, mask=own | piece, other=0)
+    last = tl.load(STARTS + n + 1, mask=own | piece, other=0)
+    long = last - first > HUB
+    own, piece = own & (long == 0), piece & long & ((place % 2 == 0) | (first > cut))
+    first = tl.where(piece, tl.maximum(first, cut), first)
+    last = tl.where(piece, tl.minimum(last, cut + HUB), last)
+    return n, first, ((last - first) * (own | piece).to(tl.int64)).to(tl.int32), own, piece
 
 
 @triton.jit
-def backward_values_kernel(
-    G, STARTS, EDGES, EW, ORDER, PIECES, NUMBERS,  # inputs: gradient, transposed list, edge weights, order, hubs
-    GV, PARTS,  # outputs: gradient of values; sums of the pieces [.., pieces, c]
-    H, LH, N, M, c, k, pieces, sO, sGb, sGh, sGm, sVb, sVh, sVn,  # shapes and strides
-    BN: tl.constexpr, BC: tl.constexpr, HUB: tl.constexpr,  # tunable
+def entities_kernel(
+    P, Q, I, S, G, EW, ES, EI, ZEROS,  # inputs: as above, [BC] zeros  # noqa: E741
+    STARTS, EDGES, ORDER,  # inputs: the transposed lists, order of the entities
+    GV, GP, GI,  # outputs: gradients of values, positions, influence
+    PARTS_V, PARTS_P, PARTS_I,  # outputs: sums of the pieces [.., pieces, (c or D)]
+    H, LH, N, M, D, c, k, shift, pieces, sGb, sGh, sGm, sVb, sVh, sVn,  # shapes and strides
+    HUB: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,  # tunable; U edges at once
 ):  # fmt: skip
-    blocks_n, blocks_c = tl.cdiv(N + pieces, BN), tl.cdiv(c, BC)
-    pid = tl.program_id(0)
-    group = (pid // (blocks_n * blocks_c)).to(tl.int64)
-    b, h = group // H, group % H
-    list_ = b * LH + h % LH
-    # Columns from the start: Triton 3.7 fails to lay out the loads of the loop as rows.
-    turn = ((pid // blocks_c) % blocks_n) * BN + tl.arange(0, BN)[:, None]
-    x = (pid % blocks_c) * BC + tl.arange(0, BC)[None, :]
-    n, first, count, own, piece = _edges_of(STARTS, ORDER, PIECES, NUMBERS, turn, list_, N, pieces, sO, HUB)
+    # A program has a block of the channels and a block of the dimensions, as far as there are any.
+    blocks = tl.maximum(tl.maximum(tl.cdiv(c, BC), tl.cdiv(D, BD)), 1)
+    group, b, h, list_, block = _group(tl.program_id(0), tl.cdiv(N + pieces, BN) * blocks, H, LH)
+    turn = (block // blocks) * BN + tl.arange(0, BN)
+    left = (block % blocks) * BC
+    x = tl.arange(0, BC)
+    a = (block % blocks) * BD + tl.arange(0, BD)
+    channels, dims = left + x < c, (a < D)[None, :]
+    if ORDER is not None:
+        ORDER += list_ * N
+    STARTS += list_ * (N + 1)
     EDGES += list_ * M * k
-    EW += group * M * k
-    G += b * sGb + h * sGh
-    acc = tl.zeros((BN, BC), EW.dtype.element_ty)
-    for t in range(tl.max(tl.max(count, axis=1), axis=0)):
-        live = t < count
-        edge = tl.load(EDGES + first + t, mask=live, other=0)
-        weight = tl.load(EW + edge, mask=live, other=0.0)
-        g = tl.load(G + (edge // k) * sGm + x, mask=live & (x < c), other=0.0)
-        acc += weight * g.to(acc.dtype)
-    tl.store(GV + b * sVb + h * sVh + n * sVn + x, acc.to(GV.dtype.element_ty), mask=own & (x < c))
-    tl.store(PARTS + (group * pieces + turn - N) * c + x, acc, mask=piece & (x < c))
+    n, first, count, own, piece = _share(STARTS, EDGES, I + list_ * M * k, ORDER, turn, N, k, shift, pieces, HUB)
+    at = group * pieces + turn - N  # of a piece
+    edges = group * M * k
+    final = tl.cast(M, tl.int64) * k - 1
+    real: tl.constexpr = S.dtype.element_ty
+    values = tl.zeros((BN, BC), real)
+    positions = tl.zeros((BN, BD), real)
+    influence = tl.zeros((BN,), real)
+    p = tl.zeros((BN, BD), real)
+    if GV is not None:
+        G += b * sGb + h * sGh + left
+    if GP is not None:
+        Q += group * M * D
+        p = tl.load(P + ((group * N + n) * D)[:, None] + a[None, :], mask=dims, other=0.0)
+    for start in range(0, tl.max(count), U):
+        for u in tl.static_range(U):
+            there = start + u < count
+            edge = tl.load(EDGES + tl.minimum(first + (start + u), final))
+            m = (edge >> shift).to(tl.int64)
+            slot = edges + m * k + (edge & ((1 << shift) - 1))
+            if GV is not None:
+                weight = tl.where(there, tl.load(EW + slot), 0.0)
+                g = _rows(G, m, sGm, there, ZEROS, x, channels)
+                values += weight[:, None] * g.to(real)
+            if GP is not None:
+                step = tl.load(Q + (m * D)[:, None] + a[None, :], mask=dims, other=0.0) - p
+                positions += tl.where(there[:, None], tl.load(ES + slot)[:, None] * step, 0.0)
+            if GI is not None:
+                influence += tl.where(there, tl.load(EI + slot), 0.0)
+    if GV is not None:
+        GV += b * sVb + h * sVh + left
+        value = values.to(GV.dtype.element_ty)
+        tl.store(GV + (n * sVn)[:, None] + x[None, :], value, mask=own[:, None] & channels[None, :])
+        tl.store(PARTS_V + (at * c + left)[:, None] + x[None, :], values, mask=piece[:, None] & channels[None, :])
+    if GP is not None:
+        sigma = tl.load(S + h)
+        positions = positions / (sigma * sigma)
+        tl.store(GP + ((group * N + n) * D)[:, None] + a[None, :], positions, mask=own[:, None] & dims)
+        tl.store(PARTS_P + (at * D)[:, None] + a[None, :], positions, mask=piece[:, None] & dims)
+    if GI is not None:
+        once = left == 0
+        tl.store(GI + group * N + n, influence, mask=own & once)
+        tl.store(PARTS_I + at, influence, mask=piece & once)
 
 
 @triton.jit
-def backward_positions_kernel(
-    P, Q, S, STARTS, EDGES, ES, EI, ORDER, PIECES, NUMBERS,  # inputs
-    GP, GI, PARTS, PARTS_I,  # outputs: gradients of positions and influence; sums of the pieces
-    H, LH, N, M, D, k, pieces, sO,  # shapes
-    HAS_INFLUENCE: tl.constexpr,
-    BN: tl.constexpr, HUB: tl.constexpr,  # tunable
-):  # fmt: skip
-    blocks_n = tl.cdiv(N + pieces, BN)
-    pid = tl.program_id(0)
-    group = (pid // blocks_n).to(tl.int64)
-    list_ = (group // H) * LH + group % LH
-    turn = (pid % blocks_n) * BN + tl.arange(0, BN)
-    n, first, count, own, piece = _edges_of(STARTS, ORDER, PIECES, NUMBERS, turn, list_, N, pieces, sO, HUB)
-    P += group * N * D
-    Q += group * M * D
-    EDGES += list_ * M * k
-    ES += group * M * k
-    sigma = tl.load(S + group % H)
-    place = group * pieces + turn - N
-    most = tl.max(count, axis=0)
-    for a in range(D):
-        p = tl.load(P + n * D + a, mask=n >= 0, other=0.0)
-        acc = tl.zeros((BN,), P.dtype.element_ty)
-        for t in range(most):
-            live = t < count
-            edge = tl.load(EDGES + first + t, mask=live, other=0)
-            slope = tl.load(ES + edge, mask=live, other=0.0)
-            step = tl.load(Q + (edge // k) * D + a, mask=live, other=0.0) - p
-            acc += tl.where(live, slope * step, 0.0)  # p may be NaN where nobody lists it
-        acc = acc / (sigma * sigma)
-        tl.store(GP + (group * N + n) * D + a, acc, mask=own)
-        tl.store(PARTS + place * D + a, acc, mask=piece)
-    if HAS_INFLUENCE:
-        acc = tl.zeros((BN,), P.dtype.element_ty)
-        for t in range(most):
-            live = t < count
-            edge = tl.load(EDGES + first + t, mask=live, other=0)
-            acc += tl.load(EI + group * M * k + edge, mask=live, other=0.0)
-        tl.store(GI + group * N + n, acc, mask=own)
-        tl.store(PARTS_I + place, acc, mask=piece)
+def _sum_pieces(PARTS, b, last, inside, n_columns, x, R: tl.constexpr, BC: tl.constexpr):
+    """Sum of a hub's pieces, in columns x: those of blocks b .. last, of which the first has its place at b.
+
+    `inside`: whether the hub began in the block rather than with it."""
+    total = tl.zeros((R, BC), PARTS.dtype.element_ty)
+    for start in range(b, last + 1, R):
+        block = start + tl.arange(0, R)[:, None]
+        place = 2 * block + (inside & (block == b)).to(tl.int32)
+        total += tl.load(PARTS + place * n_columns + x, mask=(block <= last) & (x < n_columns), other=0.0)
+    return tl.sum(total, axis=0)[None, :]
 
 
 @triton.jit
-def hub_kernel(
-    PARTS, PIECES, NUMBERS,  # inputs: sums of the pieces [.., pieces, c], their entities (-1: none) and numbers
-    OUT,  # output: the row of each hub
-    H, LH, c, pieces, sOb, sOh, sOn,  # shapes and strides
-    BC: tl.constexpr,  # tunable
+def hubs_kernel(
+    I, STARTS, EDGES, PARTS_V, PARTS_P, PARTS_I,  # inputs  # noqa: E741
+    GV, GP, GI,  # outputs: the rows of hubs
+    H, LH, N, M, D, c, k, shift, pieces, sVb, sVh, sVn,  # shapes and strides
+    HUB: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,  # tunable; R pieces at once
 ):  # fmt: skip
-    blocks_c = tl.cdiv(c, BC)
-    pid = tl.program_id(0)
-    group = (pid // (pieces * blocks_c)).to(tl.int64)
-    piece = (pid // blocks_c) % pieces
-    x = (pid % blocks_c) * BC + tl.arange(0, BC)
-    b, h = group // H, group % H
-    PIECES += (b * LH + h % LH) * pieces
-    n = tl.load(PIECES + piece)
-    if (n >= 0) & (tl.load(NUMBERS + (b * LH + h % LH) * pieces + piece) == 0):
-        acc = tl.zeros((BC,), PARTS.dtype.element_ty)
-        more = piece < pieces
-        while more:
-            acc += tl.load(PARTS + (group * pieces + piece) * c + x, mask=x < c, other=0.0)
-            piece += 1
-            more = tl.load(PIECES + piece, mask=piece < pieces, other=-1) == n
-        tl.store(OUT + b * sOb + h * sOh + n * sOn + x, acc.to(OUT.dtype.element_ty), mask=x < c)
+    blocks = tl.maximum(tl.maximum(tl.cdiv(c, BC), tl.cdiv(D, BD)), 1)
+    group, b, h, list_, block = _group(tl.program_id(0), (pieces // 2) * blocks, H, LH)
+    STARTS += list_ * (N + 1)
+    begin = (block // blocks).to(tl.int64)
+    end = tl.load(STARTS + N)
+    if (begin + 1) * HUB <= end:  # a hub fills the block that it begins in
+        edge = tl.load(EDGES + list_ * M * k + (begin + 1) * HUB - 1).to(tl.int64)
+        n = tl.load(I + (list_ * M + (edge >> shift)) * k + (edge & ((1 << shift) - 1)))
+        first, last = tl.load(STARTS + n), tl.load(STARTS + n + 1)
+        if (first >= begin * HUB) & (last - first > HUB):
+            inside = first > begin * HUB
+            final = (last - 1) // HUB
+            x = (block % blocks) * BC + tl.arange(0, BC)[None, :]
+            a = (block % blocks) * BD + tl.arange(0, BD)[None, :]
+            if GV is not None:
+                total = _sum_pieces(PARTS_V + group * pieces * c, begin, final, inside, c, x, R, BC)
+                tl.store(GV + b * sVb + h * sVh + n * sVn + x, total.to(GV.dtype.element_ty), mask=x < c)
+            if GP is not None:
+                total = _sum_pieces(PARTS_P + group * pieces * D, begin, final, inside, D, a, R, BD)
+                tl.store(GP + (group * N + n) * D + a, total, mask=a < D)
+            if GI is not None:
+                one = tl.arange(0, 1)[None, :]
+                total = _sum_pieces(PARTS_I + group * pieces, begin, final, inside, 1, one, R, 1)
+                tl.store(GI + group * N + n + one, total, mask=block % blocks == 0)
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
-def _only(wanted: int, *grads: Tensor) -> tuple[Tensor, ...]:
-    """Bit i of `wanted` keeps grads[i]; the others become empty."""
-    return tuple(x if wanted >> i & 1 else x.new_empty(0) for i, x in enumerate(grads))
+def dots_tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows of 512 bytes at most, which a warp reads at once: a sum over a row then stays within the warp."""
+    channels = min(tiles(c, dtype)["channels"], 512 // dtype.itemsize)
+    return {"BM": min(4096 // (channels * dtype.itemsize), 32), "BC": channels, "K": 4}
+
+
+def dims_tile(D: int) -> int:
+    return 4 if D <= 4 else 16
+
+
+def entities_options(channels: int, influence: bool) -> dict[str, int]:
+    """What keeps ptxas from spilling, as compiling has shown: a limit on registers in the small tiles, else none."""
+    return NO_SPILLS if channels <= 64 and not influence else {}
+
+
+def _by_query(
+    grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
+) -> tuple[Tensor | None, ...]:
+    """Weight, slope and influence's part of every edge, a row of zeros; gradients of queries and sigma.
+
+    What nobody wants is None."""
+    B, H, N, D = positions.shape
+    LH, M, k = indices.shape[1:]
+    c = values.shape[3]
+    if wanted == 4:
+        weights, zeros = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
+        return weights, None, None, zeros, None, None
+
+    def edges_if(bit: int) -> Tensor | None:
+        return positions.new_empty(B, H, M, k) if wanted & bit else None
+
+    along, weights, slopes, parts = positions.new_empty(B, H, M, k), edges_if(4), edges_if(1), edges_if(16)
+    zeros = positions.new_empty(256)
+    tile = dots_tiles(c, values.dtype)
+    dots_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
+        values, indices, grad, query_order,
+        along,
+        H, LH, N, M, c, k, *row_strides(values), *row_strides(grad),
+        **tile, num_warps=4, **NO_SPILLS,
+    )  # fmt: skip
+    tile = edge_tiles(k)
+    programs = triton.cdiv(M, tile["BM"])
+    grad_queries = torch.empty_like(queries) if wanted & 2 else None
+    grad_sigma = positions.new_empty(B, H, programs) if wanted & 8 else None
+    edges_kernel[(B * H * programs,)](
+        positions, queries, indices, sq_dists, sigma, influence, along,
+        weights, slopes, parts, grad_queries, grad_sigma, zeros,
+        H, LH, N, M, D, k,
+        NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
+    )  # fmt: skip
+    return weights, slopes, parts, zeros, grad_queries, None if grad_sigma is None else grad_sigma.sum((0, 2))
+
+
+def _by_entity(
+    grad,
+    positions,
+    queries,
+    values,
+    indices,
+    sigma,
+    weights,
+    slopes,
+    parts,
+    zeros,
+    entity_order,
+    starts,
+    edges,
+    wanted,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of values, positions and influence; what nobody wants is None."""
+    B, H, N, D = positions.shape
+    LH, M, k = indices.shape[1:]
+    c = values.shape[3]
+    pieces = 2 * triton.cdiv(M * k, HUB) if M * k > HUB else 0
+    grad_values = values.new_empty(B, N, H, c).transpose(1, 2) if wanted & 4 else None
+    grad_positions = torch.empty_like(positions) if wanted & 1 else None
+    grad_influence = positions.new_empty(B, H, N) if wanted & 16 else None
+    parts_values = positions.new_empty(B, H, pieces, c) if wanted & 4 else None
+    parts_positions = positions.new_empty(B, H, pieces, D) if wanted & 1 else None
+    parts_influence = positions.new_empty(B, H, pieces) if wanted & 16 else None
+    tile, dims, shift = tiles(c, values.dtype), dims_tile(D), slot_bits(k)
+    strides = row_strides(values if grad_values is None else grad_values)
+
+    def blocks(channels: int) -> int:
+        return B * H * max(triton.cdiv(c, channels), triton.cdiv(D, dims), 1)
+
+    rows = tile["rows"] // 4  # lists have different lengths: few rows wait for the longest
+    entities_kernel[(triton.cdiv(N + pieces, rows) * blocks(tile["channels"]),)](
+        positions, queries, indices, sigma, grad, weights, slopes, parts, zeros.view(values.dtype),
+        starts, edges, entity_order,
+        grad_values, grad_positions, grad_influence,
+        parts_values, parts_positions, parts_influence,
+        H, LH, N, M, D, c, k, shift, pieces, *row_strides(grad), *strides,
+        HUB=HUB, BN=rows, BC=tile["channels"], BD=dims, U=unrolled(8, grad),
+        num_warps=4, **entities_options(tile["channels"], grad_influence is not None),
+    )  # fmt: skip
+    if pieces:
+        hubs_kernel[(pieces // 2 * blocks(128),)](
+            indices, starts, edges, parts_values, parts_positions, parts_influence,
+            grad_values, grad_positions, grad_influence,
+            H, LH, N, M, D, c, k, shift, pieces, *strides,
+            HUB=HUB, R=16, BC=128, BD=dims, num_warps=4, **NO_SPILLS,
+        )  # fmt: skip
+    return grad_values, grad_positions, grad_influence
 
 
 def gaussian_gather_backward(
@@ -226,71 +360,32 @@ def gaussian_gather_backward(
     influence: Tensor | None, sq_dists: Tensor | None, query_order: Tensor | None, entity_order: Tensor | None,
     starts: Tensor | None, edges: Tensor | None, normalize: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    B, H, N, D = positions.shape
-    LH, M, k = indices.shape[1:]
-    c = values.shape[3]
-    has_influence = influence is not None
-    grad_positions = torch.zeros_like(positions)
-    grad_queries = torch.zeros_like(queries)
-    grad_values = values.new_empty(B, N, H, c).transpose(1, 2)
-    grad_influence = torch.zeros_like(influence) if has_influence else positions.new_empty(0)
-    if B * H * N * M * k == 0:
-        return _only(wanted, grad_positions, grad_queries, grad_values.zero_(), torch.zeros_like(sigma), grad_influence)
-    edge_weight = positions.new_empty(B, H, M, k)
-    edge_slope = positions.new_empty(B, H, M, k)
-    edge_influence = positions.new_empty(B, H, M, k) if has_influence else edge_slope
-    sigma_rows = positions.new_empty(B, H, M)
-    tile = tiles(c, values.dtype)
-    rows, channels = tile["rows"], tile["channels"]
-    order, step = order_or_all(query_order, M, indices)
-    backward_along_kernel[(B * H * triton.cdiv(M, rows),)](
-        values, indices, grad, order,
-        edge_slope,
-        H, LH, N, M, c, k, step, *row_strides(values), *row_strides(grad),
-        BM=rows, BC=channels, num_warps=4, **NO_SPILLS,
-    )  # fmt: skip
-    backward_edges_kernel[(B * H * triton.cdiv(M, 128),)](
-        positions, queries, indices, sigma, influence if has_influence else positions,
-        edge_weight, edge_slope, edge_influence, grad_queries, sigma_rows,
-        H, LH, N, M, D, k,
-        HAS_INFLUENCE=has_influence, NORMALIZE=normalize, BM=128, num_warps=4, **NO_SPILLS,
-    )  # fmt: skip
-    if starts is None:
-        if entity_order is None and N == M and queries.data_ptr() == positions.data_ptr():
-            entity_order = query_order
-        starts, edges = transpose_neighbors(indices, query_order, entity_order, N)
-    order, step = order_or_all(entity_order, N, indices)
-    entity, number = hub_pieces(starts, M * k)
-    pieces = entity.shape[2]
-
-    def add_pieces(parts: Tensor, out: Tensor) -> None:
-        if pieces:
-            n_channels = parts.shape[3]
-            hub_kernel[(B * H * pieces * triton.cdiv(n_channels, 128),)](
-                parts, entity, number,
-                out,
-                H, LH, n_channels, pieces, *row_strides(out),
-                BC=128, num_warps=4, **NO_SPILLS,
+    B, H, N, _ = positions.shape
+    M, c = indices.shape[2], values.shape[3]
+    if influence is None:
+        wanted &= ~16
+    grads = [None] * 5
+    if B * H * N * indices.numel() == 0:
+        grad_values = values.new_zeros(B, N, H, c).transpose(1, 2)
+        zeros = (
+            *map(torch.zeros_like, (positions, queries)),
+            grad_values,
+            torch.zeros_like(sigma),
+            sigma.new_zeros(B, H, N),
+        )
+        grads = [x if wanted >> i & 1 else None for i, x in enumerate(zeros)]
+    else:
+        weights, slopes, parts, zeros, grads[1], grads[3] = _by_query(
+            grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
+        )
+        if wanted & (1 | 4 | 16):
+            if starts is None:
+                starts, edges = transpose_neighbors(indices, query_order, entity_order, N)
+            if entity_order is None and N == M and queries.data_ptr() == positions.data_ptr():
+                entity_order = query_order
+            grads[2], grads[0], grads[4] = _by_entity(
+                grad, positions, queries, values, indices, sigma, weights, slopes, parts, zeros, entity_order,
+                starts, edges, wanted,
             )  # fmt: skip
-
-    if c > 0 and wanted & 4:
-        parts = positions.new_empty(B, H, pieces, c)
-        backward_values_kernel[(B * H * triton.cdiv(N + pieces, rows) * triton.cdiv(c, channels),)](
-            grad, starts, edges, edge_weight, order, entity, number,
-            grad_values, parts,
-            H, LH, N, M, c, k, pieces, step, *row_strides(grad), *row_strides(grad_values),
-            BN=rows, BC=channels, HUB=HUB, num_warps=4, **NO_SPILLS,
-        )  # fmt: skip
-        add_pieces(parts, grad_values)
-    if wanted & (1 | 16):
-        parts, parts_influence = positions.new_empty(B, H, pieces, D), positions.new_empty(B, H, pieces, 1)
-        backward_positions_kernel[(B * H * triton.cdiv(N + pieces, 128),)](
-            positions, queries, sigma, starts, edges, edge_slope, edge_influence, order, entity, number,
-            grad_positions, grad_influence, parts, parts_influence,
-            H, LH, N, M, D, k, pieces, step,
-            HAS_INFLUENCE=has_influence, BN=128, HUB=HUB, num_warps=4, **NO_SPILLS,
-        )  # fmt: skip
-        add_pieces(parts, grad_positions)
-        if has_influence:
-            add_pieces(parts_influence, grad_influence.unsqueeze(-1))
-    return _only(wanted, grad_positions, grad_queries, grad_values, sigma_rows.sum((0, 2)), grad_influence)
+    likes = positions, queries, values, sigma, sigma
+    return tuple(like.new_empty(0) if x is None else x for x, like in zip(grads, likes, strict=True))

@@ -4,6 +4,7 @@ One file per op lists what the package ships: `cases()` yields a Case for every 
 tests/kernels/test_aot.py compiles them all.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -30,12 +31,16 @@ class Case:
     options: dict = field(default_factory=lambda: dict(NO_SPILLS))  # what else the launcher passes to the compiler
     slow: bool = False  # compiled in `make check` only
     amd: dict[str, object] = field(default_factory=dict)  # constants that are others there
+    aligned: tuple[
+        str, ...
+    ] = ()  # numbers that 16 divides, as those of a row mostly do: the launcher tells the compiler
 
     def __str__(self):
         used = [self.types[name].strip("*") for name in self.kernel.arg_names if name in self.types]
-        kinds = "-".join(dict.fromkeys(used))
+        kinds = "-".join(kind for kind, _ in itertools.groupby(used))
         values = "-".join(f"{k}{int(v) if isinstance(v, bool) else v}" for k, v in self.constants.items())
-        return f"{self.kernel.fn.__module__.split('.')[-1]}.{self.kernel.fn.__name__}-{kinds}-{values}"
+        aligned = "-aligned" if self.aligned else ""
+        return f"{self.kernel.fn.__module__.split('.')[-1]}.{self.kernel.fn.__name__}-{kinds}-{values}{aligned}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def compile_case(case: Case, target: str) -> Resources:
     for name in case.kernel.arg_names:
         signature[name] = "constexpr" if name in constants else case.types.get(name, "i32")
     # What the launcher finds at run time: pointers are aligned to 16 bytes, and the sizes need not be.
-    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+             if kind.startswith("*") or name in case.aligned}  # fmt: skip
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attrs)
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     options = {"num_warps": case.num_warps, **case.options}

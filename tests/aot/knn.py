@@ -3,71 +3,77 @@ from dataclasses import replace
 
 import torch
 
-from dfn_kernels.triton.knn import boxes, brute, grid, strips, warm
+from dfn_kernels.triton.knn import brute, lists, tree, walk, warm
 
 from . import POINTER, Case
 
 FLOAT, INT, LONG = POINTER[torch.float32], POINTER[torch.int32], POINTER[torch.int64]
-GRID = {
-    **dict.fromkeys(("X", "Q", "BOUND", "POINTS", "SORTED", "SLABS", "STRIPS", "EDGES"), FLOAT),
-    **dict.fromkeys(("AXES", "STRIDE", "NEW", "PLACE", "IDS", "ROWS", "STARTS", "FIRST", "LIST", "COUNT"), INT),
-    **dict.fromkeys(("LX", "LQ", "KEYS", "ORDER", "MARKS", "BEFORE"), LONG),
+TYPES = {
+    **dict.fromkeys(("X", "P", "Q", "FRAME", "BOUND", "POINTS", "EDGES", "OUT_D"), FLOAT),
+    **dict.fromkeys(("ASKS", "ASKED", "IDS", "ROWS", "SEATS", "FIRST"), INT),
+    **dict.fromkeys(("LX", "LP", "LQ", "WARM", "KEYS", "ORDER", "MEMORY", "BEST", "OUT_I"), LONG),
 }
-
-
+LISTS = tuple({lists.sizes(k)[0]: lists.sizes(k) for k in (1, 8, 16)}.values()) + (lists.sizes(17),)  # (K, kept)
 FAST = (  # what `make test` compiles of it
-    "lane_kernel.*HAS_LP1.*CAUSAL1.*K16-|row_kernel-fp32.*HAS_LP0.*CAUSAL1.*K128|finish_kernel.*K16-|mark_kernel|"
-    "(cell_kernel.*HAS_L1|place_kernel|pack_kernel|box_kernel|warm_kernel).*D3(-BM|-BOX64|$)|"
-    "strip_kernel.*(MASKED0-D2|MASKED1-D3)-K16-|nearest_kernel.*D3-K64-"
+    "slice_kernel.*CAUSAL1.*(SLICED1-ONE1-K16|SLICED0-ONE0)|merge_kernel.*ONE0|row_kernel.*HAS_LP0.*CAUSAL1.*K128|"
+    "(frame_kernel|key_kernel|pack_kernel).*_L1.*D3|asks_kernel|branch_kernel.*D3|warm_kernel.*D3|"
+    "walk_kernel.*MASKED0.*(D2-ONE1|D3-ONE0)-K16"
 )
 
 
 def cases():
-    for case in (*brute_cases(), *grid_cases(), *search_cases()):
+    for case in (*brute_cases(), *tree_cases(), *walk_cases()):
         yield replace(case, slow=not re.search(FAST, str(case)))
 
 
+def of_lists(K: int, kept: int) -> dict[str, object]:
+    return {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1}
+
+
+def on_lists(kernel: object, constants: dict, K: int, kept: int) -> Case:
+    options = lists.options(kept, K)
+    wide = {"LANES": 32}
+    return Case(kernel, TYPES, {**constants, **wide}, options.pop("num_warps"), options, amd={"LANES": 64})
+
+
 def brute_cases():
-    for dtype in (torch.float32, torch.float64):
-        types = {"P": POINTER[dtype], "Q": POINTER[dtype], "OUT_D": POINTER[dtype],
-                 **dict.fromkeys(("LP", "LQ", "OUT_I", "KEYS"), LONG)}  # fmt: skip
-        for causal, include_self, ragged in ((False, True, True), (False, False, False), (True, True, False),
-                                             (True, False, True)):  # fmt: skip
-            flags = {"HAS_LP": ragged, "HAS_LQ": ragged, "CAUSAL": causal, "INCLUDE_SELF": include_self}
-            if dtype == torch.float32:
-                for K in (4, 8, 16, 32, 64):
-                    yield Case(brute.lane_kernel, types, {**flags, "K": K, "BM": 128}, options=brute.EXACT)
-            lists = (64, 128) if dtype == torch.float64 else (128,)
-            for K in (*lists, 1024) if ragged and not causal else lists:  # the longest takes half a minute to compile
-                yield Case(brute.row_kernel, types, {**flags, "K": K}, options=brute.EXACT)
-    for K in (4, 8, 16, 32, 64):
-        yield Case(brute.finish_kernel, {"KEYS": LONG, "DISTS": FLOAT}, {"SORT": True, "K": K, "BM": 2048 // K})
-    for K in (128, 1024):
-        yield Case(brute.finish_kernel, {"KEYS": LONG, "DISTS": FLOAT}, {"SORT": False, "K": K, "BM": 2048 // K})
+    flags = [
+        {"HAS_LP": ragged, "HAS_LQ": ragged, "SETS": sets, "CAUSAL": causal, "INCLUDE_SELF": include_self}
+        for causal, include_self, ragged, sets in (
+            (False, True, True, False), (False, False, False, False), (True, True, False, False),
+            (True, False, True, False), (False, True, False, True), (True, True, False, True),
+        )
+    ]  # fmt: skip
+    sizes = {"GROUP": brute.GROUP, "CAP": 32 + brute.GROUP}
+    for size in LISTS:
+        for sliced, flag in zip((False, True, True, False, False, True), flags, strict=True):
+            yield on_lists(brute.slice_kernel, {**flag, "SLICED": sliced, **of_lists(*size), **sizes}, *size)
+        yield on_lists(brute.merge_kernel, of_lists(*size), *size)
+    double = {**TYPES, **dict.fromkeys(("P", "Q", "OUT_D"), POINTER[torch.float64])}
+    for flag in flags:
+        # The longest list takes half a minute to compile.
+        for K in (64, 128, 1024) if flag["HAS_LP"] and not flag["CAUSAL"] else (64, 128):
+            yield Case(brute.row_kernel, double, {**flag, "K": K}, options=brute.EXACT)
 
 
-def grid_cases():
-    size = {"BM": grid.BM}
-    yield Case(grid.mark_kernel, GRID, size)
-    for D in (1, 2, 3):
+def tree_cases():
+    frame, shape = {"MIDDLE": tree.MIDDLE, "REACH": tree.REACH}, {"LEAF": tree.LEAF, "FAN": tree.FAN}
+    yield Case(tree.asks_kernel, TYPES, {"BM": tree.BM})
+    for D in (1, 2, 3, 8):
         for ragged in (False, True):
+            yield Case(tree.frame_kernel, TYPES, {"HAS_L": ragged, "D": D, "SAMPLE": tree.SAMPLE})
             for queries in (False, True):
-                yield Case(grid.cell_kernel, GRID, {"HAS_L": ragged, "QUERIES": queries, "D": D, **size})
-        yield Case(grid.place_kernel, GRID, {"D": D, **size})
-        yield Case(grid.pack_kernel, GRID, {"D": D, **size})
-        for box in (64, 128, 256, 512, 1024):
-            yield Case(grid.box_kernel, GRID, {"D": D, "BOX": box}, num_warps=grid.box_warps(box))
-        types = {"P": FLOAT, "Q": FLOAT, "BOUND": FLOAT, "WARM": LONG}
-        yield Case(warm.warm_kernel, types, {"D": D, "BM": 128}, options=brute.EXACT)
+                constants = {**frame, "HAS_L": ragged, "QUERIES": queries, "D": D, "BM": tree.BM}
+                yield Case(tree.key_kernel, TYPES, constants)
+            yield Case(tree.pack_kernel, TYPES, {"HAS_L": ragged, "HAS_ASKED": not ragged, "D": D, **shape})
+        yield Case(tree.branch_kernel, TYPES, {"D": D, "FAN": tree.FAN}, num_warps=1)
 
 
-def search_cases():
-    for D in (1, 2, 3):
-        for masked in (False, True):
-            for K in (4, 8, 16, 32, 64):
-                tunable = {"W": strips.around(K), "VISIT": strips.VISIT, "BM": 32}
-                constants = {"HAS_LQ": masked, "MASKED": masked, "D": D, "K": K, **tunable}
-                yield Case(strips.strip_kernel, GRID, constants, 1, brute.EXACT, amd={"BM": 64})
-        for K in (64, 128, 256, 512, 1024):
-            constants = {"HAS_LQ": D == 2, "D": D, "K": K, "SUPER": grid.SUPER}
-            yield Case(boxes.nearest_kernel, GRID, constants, max(1, K // 256), brute.EXACT)
+def walk_cases():
+    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "CAP": 3 * tree.LEAF}
+    for D in (1, 2, 3, 8):
+        for size in LISTS:
+            for masked in (False, True):
+                flags = {"HAS_LQ": masked, "HAS_BOUND": masked, "MASKED": masked}
+                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes}, *size)
+        yield Case(warm.warm_kernel, TYPES, {"D": D, "BM": 128}, options=brute.EXACT)

@@ -13,11 +13,13 @@ def cases():
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             flags = {"PRECISION": precision, "WIDEN": False}
             for has in (True, False):
-                constants = {"BACKWARD": False, "HAS_BIAS": has, **flags, **op.tiles(dtype, "forward")}
+                constants = {"BACKWARD": False, "HAS_BIAS": has, **flags, "SPAN": op.span(dtype, "tokens"),
+                             **op.tiles(dtype, "forward")}  # fmt: skip
                 yield Case(op.tokens_kernel, types, constants, op.warps(dtype), op.OPTIONS)
             for grad in {dtype, real}:  # that of the output, which may be wide
                 used = {**types, "L": POINTER[grad], "G": POINTER[grad]}
-                constants = {"BACKWARD": True, "HAS_BIAS": False, **flags, **op.tiles(grad, "backward")}
+                constants = {"BACKWARD": True, "HAS_BIAS": False, **flags, "SPAN": op.span(grad, "tokens"),
+                             **op.tiles(grad, "backward")}  # fmt: skip
                 yield Case(op.tokens_kernel, used, constants, op.warps(grad), op.OPTIONS)
-                constants = {**flags, **op.tiles(grad, "patterns")}
+                constants = {**flags, "SPAN": op.span(grad, "patterns"), **op.tiles(grad, "patterns")}
                 yield Case(op.patterns_kernel, used, constants, op.warps(grad), op.OPTIONS)

@@ -38,8 +38,9 @@ inline __half __float2half_rn(float x) {
   if (x != x) return {0x7fff};
   const float size = std::fabs(x);
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  int exponent = 0;
-  if (size > 0) std::frexp(size, &exponent);  // size = m * 2^exponent, 0.5 <= m < 1
+  if (size == 0) return {sign};
+  int exponent;
+  std::frexp(size, &exponent);  // size = m * 2^exponent, 0.5 <= m < 1
   const int unit = exponent - 11 < -24 ? -24 : exponent - 11;  // the exponent of the last place
   const float rounded = std::nearbyint(std::ldexp(size, -unit));
   // rounded <= 2048; as bits: 1024 per step of the exponent, subnormals at unit == -24

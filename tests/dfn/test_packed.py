@@ -136,11 +136,11 @@ def test_command_packs(tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(40):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}: " + "abc " * (i % 7 + 30))
-    flags = ["--data", str(tmp_path / "texts"), "--steps", "3", "--batch", "4", "--length", "40", "--dim", "8", "--quiet"]
-    assert main(["train", "text", "--pack", "--out", str(tmp_path / "run"), *flags]) == 0
+    flags = ["--data", str(tmp_path / "texts"), "--steps", "3", "--batch", "4", "--length", "40", "--dim", "8"]
+    assert main(["train", "text", "--pack", "--quiet", "--out", str(tmp_path / "run"), *flags]) == 0
     assert Run.load(tmp_path / "run").options.pack
     (tmp_path / "run.toml").write_text("kind = 'text'\npack = true\n")
-    assert main(["train", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "b"), *flags]) == 0
+    assert main(["train", "--config", str(tmp_path / "run.toml"), "--quiet", "--out", str(tmp_path / "b"), *flags]) == 0
     assert Run.load(tmp_path / "b").options.pack
     with pytest.raises(UsageError, match="pack has no meaning with a memory"):
         Options.of("text", pack=True, memory_size=8)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulated import CSRC, DTYPE_CODES, EMULATOR, PatternRoute, Plan, Problem, compare, compile_library
+from cuda_emulated import CSRC, DTYPE_CODES, EMULATOR, PatternRoute, Plan, Problem, compare, compile_library, run_alone
 from helpers import DEVICE, INTERPRETED, same_bits
 
 SOURCES = [CSRC / "cuda" / f"pattern_route_{name}.cu" for name in ("sm90", "sm80")]  # sm80 adds the splits
@@ -163,7 +163,7 @@ def outcome(folder, text) -> subprocess.CompletedProcess:
     (folder / "cuda" / KERNEL.name).write_text(text)
     shutil.copy(SOURCES[0], folder)
     library = compile_library(folder, "pattern_route_sm90", [folder / SOURCES[0].name, SOURCES[1]])
-    return subprocess.run([sys.executable, __file__, str(library)], capture_output=True, text=True, timeout=300)
+    return run_alone(__file__, library)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from helpers import (
     backends,
     check_against_reference,
     check_compiled,
+    distance,
     leaves,
     same_bits,
     value_and_grads,
@@ -15,6 +16,7 @@ from helpers import (
 
 import dfn_kernels
 from dfn_kernels import Drift, FlowDriftFunction, flow_drift
+from dfn_kernels.reference.flow_drift import flow_drift as reference
 
 BACKENDS = backends("flow_drift")
 
@@ -59,12 +61,24 @@ def test_matches_reference(backend, dtype):
         dict(B=2, H=5, N=7, D=7, d=129),
         dict(B=1, H=2, N=601, D=3, d=67),
         dict(B=2, H=1, N=5, D=31, d=61),
+        dict(B=2, H=1, N=53, D=2, d=300),
+        dict(B=1, H=1, N=19, D=3, d=1031),
         dict(B=2, H=2, N=5, D=23, d=53),  # beyond WIDE
     ],
 )
 def test_sizes(backend, sizes):
     for dtype in (torch.float32, torch.bfloat16):
         check(make(**sizes, dtype=dtype), backend)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there are no tensor cores, and the interpreter multiplies in float32")
+@pytest.mark.parametrize("H, D", [(1, 3), (1, 7), (4, 3), (4, 7)])
+def test_error_stays_below_plain_float32(H, D):
+    inputs = make(B=2, H=H, N=2053, D=D, d=256)
+    flow = reference(**inputs)[1]
+    exact = reference(**{n: x.double() for n, x in inputs.items()})[1]
+    with dfn_kernels.use_backend("triton"):
+        assert distance(flow_drift(**inputs).flow, exact) < distance(flow, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -48,7 +48,7 @@ def test_formula():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     for mode, lengths in itertools.product(MODES, (False, True)):
-        i = make(B=2, N=4, d=3, dtype=torch.float64, lengths=lengths)
+        i = make(B=2, N=3, d=2, dtype=torch.float64, lengths=lengths)
         with dfn_kernels.use_backend(backend):
             assert torch.autograd.gradcheck(
                 lambda s, e, i=i, mode=mode: flow_norm(s, e, 0.3, mode, i.get("lengths")),
@@ -84,6 +84,31 @@ def test_causal_to_the_bit(backend):
         other["energy"][:, cut:] *= 1e20
         with dfn_kernels.use_backend(backend):
             assert same_bits(flow_norm(**i)[:, :cut], flow_norm(**other)[:, :cut])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="blocks are Triton's")
+@pytest.mark.parametrize("direct", [True, False])
+def test_many_blocks(direct, monkeypatch):
+    """Several blocks to a sequence, which read all energies or sums of blocks, and several tiles to a program."""
+    from dfn_kernels.triton import flow_norm as op
+
+    N = 9_001 if direct else 40_001
+    if DEVICE == "cpu":  # the interpreter takes a millisecond for what a GPU does in a nanosecond
+        N = 171
+        monkeypatch.setattr(op, "BLOCK", 64)
+        monkeypatch.setattr(op, "DIRECT", N if direct else N - 1)
+        monkeypatch.setattr(op, "chunk_of", lambda N, tile: 2 * tile)
+    for mode in MODES:
+        check_against_reference(flow_norm, make(3, N, 5, mode=mode, lengths=mode != "causal"), "triton")
+    i = make(1, N, 5, mode="causal")
+    with dfn_kernels.use_backend("triton"):
+        want = flow_norm(**i)
+        for cut in (63, 64, 129):
+            energy = i["energy"].clone()
+            energy[:, cut:] = float("nan")
+            assert same_bits(flow_norm(**{**i, "energy": energy})[:, :cut], want[:, :cut])
+        means = flow_norm(torch.ones_like(i["states"]), i["energy"])
+        assert same_bits(means, means[:, :1].expand_as(means))
 
 
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, backends, check_against_reference, leaves, same_bits
+from launches import started_by
 from test_gaussian_gather import make, with_plan
 
 import dfn_kernels
@@ -16,11 +17,9 @@ BACKENDS = backends("gaussian_gather")
 def test_plan_serves_several_calls(backend, neighbors, monkeypatch):
     """Two layers, one plan: what one call each gives. Hubs are cut into pieces, in Triton here small ones."""
     if backend == "triton":
-        import dfn_kernels.triton.gather_plan as shared
         import dfn_kernels.triton.gaussian_gather_backward as kernels
 
-        for module in (shared, kernels):
-            monkeypatch.setattr(module, "HUB", 8)
+        monkeypatch.setattr(kernels, "HUB", 8)
     inputs = make(N=29, queries=False, k=4)
     inputs["indices"][..., 0] = 3
     if neighbors != "own":
@@ -39,6 +38,70 @@ def test_plan_serves_several_calls(backend, neighbors, monkeypatch):
                 results.append([out.detach(), *(x.grad for x in floats)])
             for ours, theirs in zip(*results, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what the lists of the other backends hold is theirs to say")
+@pytest.mark.parametrize("sizes", [(2, 3, 11, 5, 17), (1, 1, 50, 1, 7), (2, 2, 40, 16, 3), (1, 2, 3, 4, 900)], ids=str)
+def test_transposed_lists(sizes):
+    """Every edge of an entity once, in its order; indices out of range are nobody's."""
+    from dfn_kernels.triton.gather_plan import slot_bits, transpose_neighbors
+
+    B, H, M, k, N = sizes
+    indices = torch.randint(-2, N + 2, (B, H, M, k), device=DEVICE)
+    starts, edges = transpose_neighbors(indices, None, None, N)
+    assert edges.dtype == torch.int32 and starts.shape == (B, H, N + 1)
+    edges = edges.flatten(2).long()
+    pairs = torch.stack([edges >> slot_bits(k), edges & (1 << slot_bits(k)) - 1], 3)  # query, slot
+    for b in range(B):
+        for h in range(H):
+            for n in range(N):
+                mine = slice(starts[b, h, n], starts[b, h, n + 1])
+                want = (indices[b, h] == n).nonzero()
+                assert pairs[b, h, mine].equal(want)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="pieces as the Triton kernels cut them")
+@pytest.mark.parametrize("counts", [
+    (8, 9, 0, 7, 16),  # as long as a piece, one longer, none, the next begins with a block
+    (0, 24, 40, 8, 1, 15),  # two hubs that share a block; a hub that begins with one, and one that ends with one
+    (3, 160),  # pieces of 20 blocks
+    (12, 12, 12, 12),
+])  # fmt: skip
+def test_hubs_are_cut_into_pieces(counts, monkeypatch):
+    """Lists of these lengths, cut into pieces of 8: every gradient is the reference's."""
+    import dfn_kernels.triton.gaussian_gather_backward as kernels
+
+    monkeypatch.setattr(kernels, "HUB", 8)
+    N, k = len(counts), 3
+    ends = torch.arange(N, device=DEVICE).repeat_interleave(torch.tensor(counts, device=DEVICE))
+    M = -(-len(ends) // k)
+    inputs = make(B=1, H=2, N=N, M=M, k=k, c=19)
+    for h in range(2):
+        missing = torch.full((M * k - len(ends),), -1, device=DEVICE)
+        inputs["indices"][0, h] = torch.cat([ends, missing])[torch.randperm(M * k, device=DEVICE)].view(M, k)
+    check_against_reference(gaussian_gather, inputs, "triton")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what the Triton launchers start")
+@pytest.mark.parametrize("given", ["plan", "nothing"])
+def test_what_large_inputs_start(given, monkeypatch):
+    """With lists that could be hubs, and without a plan: what DESIGN.md allows, and the making of the lists."""
+    import dfn_kernels.triton.gaussian_gather as forward
+    import dfn_kernels.triton.gaussian_gather_backward as backward
+
+    monkeypatch.setattr(backward, "HUB", 8)
+    i = make(N=29, M=31, k=4)
+    with dfn_kernels.use_backend("triton"):
+        plan = gather_plan(i["indices"], i["positions"], i["query_positions"])
+    reuse = plan[1:5] if given == "plan" else (None,) * 4
+    inputs = i["positions"], i["query_positions"], i["values"], i["indices"], i["sigma"], i["influence"], None
+    started = started_by(lambda: forward.gaussian_gather(*inputs, reuse[0], True))
+    assert started == ["kernel weights_kernel", "kernel gather_kernel"]
+    grad = torch.randn(2, 3, 31, 37, device=DEVICE)
+    started = started_by(lambda: backward.gaussian_gather_backward(grad, *inputs, *reuse, True, 31))
+    lists = ["kernel keys_kernel", "aten.sort.stable", "kernel lists_kernel"] if given == "nothing" else []
+    assert started == ["kernel dots_kernel", "kernel edges_kernel", "aten.sum.dim_IntList", *lists,
+                       "kernel entities_kernel", "kernel hubs_kernel"]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

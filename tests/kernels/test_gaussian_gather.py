@@ -111,6 +111,8 @@ def test_every_pair_of_options(backend, row):
         dict(c=67, D=5, k=7, H=1),
         dict(c=131, D=7, k=3, B=1, N=2, M=5),
         dict(c=300, D=3, k=19, B=1, H=2, N=23, M=7),
+        dict(c=48, D=18, k=70, B=1, H=1, N=13, M=3),
+        dict(c=16, D=2, k=257, B=1, H=1, N=211, M=2),
     ],
 )
 def test_sizes(backend, sizes):
@@ -131,6 +133,29 @@ def test_gradcheck(backend, normalize):
 
     with dfn_kernels.use_backend(backend):
         assert torch.autograd.gradcheck(op, tensors, nondet_tol=0.0, fast_mode=INTERPRETED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_distances_of_a_search(backend, normalize):
+    """With the squared distances that a search knows the result is the same, and so are the gradients."""
+    inputs = make(B=1, H=2, N=23, M=7, D=3, c=5, k=6)
+    names = ("positions", "query_positions", "values", "indices", "sigma", "influence")
+    indices = inputs["indices"]
+
+    def run(known):
+        copies = leaves(inputs)
+        p, q = copies["positions"].detach(), copies["query_positions"].detach()
+        steps = q.unsqueeze(3) - p.unsqueeze(2).expand(-1, -1, 7, -1, -1).gather(
+            3, indices.clamp(min=0).unsqueeze(4).expand(*indices.shape, 3)
+        )
+        sq_dists = steps.square().sum(4).where(indices >= 0, torch.inf) if known else None
+        out = torch.ops.dfn.gaussian_gather(*(copies[n] for n in names), normalize, backend, sq_dists)
+        out.square().sum().backward()
+        return [out.detach(), *(copies[n].grad for n in names if n != "indices")]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,6 +218,25 @@ def test_padding_is_nobody(backend, normalize):
     assert out.isfinite().all() and out[:, :, 3].eq(0).all() and out[:, :, 4].ne(0).any()
     for name in ("values", "positions"):
         assert inputs[name].grad.isfinite().all() and inputs[name].grad[:, :, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_not_a_number_stays_with_its_neighbors(backend, normalize):
+    """A query that stands nowhere spoils its own output and the gradients of those it lists, and nobody else's."""
+    inputs = make(B=1, H=1, N=29, M=11, k=3, c=16)
+    inputs["indices"][0, 0, 4] = torch.tensor([7, 28, -1], device=DEVICE)
+    inputs["query_positions"][0, 0, 4] = float("nan")
+    names = ("positions", "values", "influence")
+    for name in names:
+        inputs[name].requires_grad_()
+    with dfn_kernels.use_backend(backend):
+        out = gaussian_gather(**inputs, normalize=normalize)
+        out.sum().backward()
+    assert out[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [4]
+    for name in names:
+        grad = inputs[name].grad.view(29, -1)
+        assert grad.isnan().any(-1).nonzero().flatten().tolist() == [7, 28], name
 
 
 @pytest.mark.parametrize("backend", BACKENDS + ["reference"])

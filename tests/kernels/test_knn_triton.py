@@ -1,4 +1,4 @@
-"""The Triton search over strips and boxes. In the interpreter sizes are tiny, and so are strips, boxes and budgets."""
+"""The Triton search over boxes, and brute force in slices. In the interpreter sizes are tiny, and so are boxes and prefixes."""
 
 import point_sets
 import pytest
@@ -14,84 +14,57 @@ if "triton" not in backends("knn"):
     pytest.skip("no Triton for tensors of this device", allow_module_level=True)
 
 from dfn_kernels.triton import knn as package  # noqa: E402
-from dfn_kernels.triton.knn import boxes, cuts, grid, strips  # noqa: E402
+from dfn_kernels.triton.knn import brute, lists, tree, walk, warm  # noqa: E402
 
 N = 61 if INTERPRETED else 3001
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 
 
-def small_grids(monkeypatch):
-    """Grids for few points, with as many strips, levels and boxes as large ones have."""
+def small_trees(monkeypatch):
+    """Trees for few points, with as many kinds of boxes and as many prefixes as large ones have."""
     monkeypatch.setattr(package, "FEW_POINTS", 0)
-    monkeypatch.setattr(package, "FEW_STEPS", 0)
+    monkeypatch.setattr(package, "MOST_PAIRS", 0)
     if INTERPRETED:
-        monkeypatch.setattr(package, "BOX", 4)
-        monkeypatch.setattr(strips, "LANES", 128)  # a wide block costs the interpreter no more than a narrow one
-        monkeypatch.setattr(cuts, "EARLY", 8)
-        monkeypatch.setattr(cuts, "ROUNDING", 2)
-        monkeypatch.setattr(cuts, "STRIP_DEPTH", {1: 0, 2: 3, 3: 3})
-        monkeypatch.setattr(cuts, "SLAB_DEPTH", 12)
+        monkeypatch.setattr(lists, "LANES", 64)  # a wide block costs the interpreter no more than a narrow one
+        for name, value in dict(LEAF=4, FAN=4, EARLY=8, SAMPLE=16).items():
+            monkeypatch.setattr(tree, name, value)
 
 
 @pytest.fixture(autouse=True)
-def always_a_grid(monkeypatch):
-    small_grids(monkeypatch)
+def always_a_tree(monkeypatch):
+    small_trees(monkeypatch)
 
 
 @pytest.fixture
-def left(monkeypatch):
-    """How many queries each search left to the boxes."""
-    counts = []
-    search = strips.search
-
-    def watched(*args):
-        found = search(*args)
-        counts.append(int(found[2]))
-        return found
-
-    monkeypatch.setattr(strips, "search", watched)
-    return counts
+def walks(monkeypatch):
+    """What the walks were called with: a test that means the tree must not be served by brute force."""
+    calls = []
+    search = walk.search
+    monkeypatch.setattr(walk, "search", lambda *args: calls.append(args) or search(*args))
+    return calls
 
 
 def check(positions, k, **options):
     return check_same("triton", positions, k, **options)
 
 
-# ---- strips ---------------------------------------------------------------------------------------------------------
+# ---- the walk ---------------------------------------------------------------------------------------------------------
 FAST = ("clusters", "lattice", "two rows", "256 positions", "1e18", "underflowing", "signed zeros", "reversed")
 
 
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.slow if INTERPRETED and name not in FAST else ()) for name in point_sets.NAMES
 ])  # fmt: skip
-def test_hostile_sets(name, left):
+def test_hostile_sets(name, walks):
     at = point_sets.NAMES.index(name)
     for D in (1 + at % 3,) if INTERPRETED else (1, 2, 3):
         positions = point_sets.points(name, N + at % 5, D).to(DEVICE)
         for mask in [MASKS[(at + D) % 4]] if INTERPRETED else MASKS:
             check(positions, (4, 3, 7)[at % 3], **mask)
-    assert sum(left) < len(left) * N / 4, "the strips serve most of the queries"
+    assert len(walks) == (1 if INTERPRETED else 12)
 
 
-@pytest.mark.parametrize("D", [1, 2, 3])
-def test_boxes_serve_what_strips_leave(D, monkeypatch, left):
-    monkeypatch.setattr(strips, "budget_of", lambda K: strips.VISIT)
-    n = N // 2
-    for name, mask in ((("clusters", MASKS[0]), ("lattice", MASKS[3]), ("denormal", MASKS[2]))[D - 1],):
-        check(point_sets.points(name, n, D).to(DEVICE), 5, **mask)
-    assert left[0] > n / 2
-
-
-def test_positions_that_share_a_hash(monkeypatch):
-    """Fewer copies are dropped then, but never another position."""
-    monkeypatch.setattr(grid, "HASH_BITS", 1)
-    positions = torch.randint(3, (N, 2), device=DEVICE).float()
-    positions[:, 1] *= 10  # sorted along this axis, three positions of each value in one strip
-    monkeypatch.setattr(cuts, "STRIP_DEPTH", {1: 0, 2: N, 3: N})
-    check(positions, 2)
-
-
-def test_batches_and_lengths(left):
+def test_batches_and_lengths(walks):
     n = N // 2
     positions = torch.randn(4, n, 3, device=DEVICE)
     lengths = torch.tensor([0, 1, n // 2, n], device=DEVICE)
@@ -100,10 +73,10 @@ def test_batches_and_lengths(left):
     for mask in MASKS[1:3] if INTERPRETED else MASKS:
         got = check(positions, 4, lengths=lengths, check=False, **mask)
         assert got.indices[0].eq(-1).all() and got.indices[3, 7].eq(-1).all()
-    assert len(left) > 0
+    assert len(walks) > 0
 
 
-@pytest.mark.parametrize("D, k", [(1, 5), (2, 8), (3, 2)])
+@pytest.mark.parametrize("D, k", [(1, 5), (2, 8), (3, 2), (5, 6)])
 def test_other_queries(D, k):
     positions = torch.randn(2, N, D, device=DEVICE)
     queries = torch.cat([3 * torch.randn(2, N // 3, D, device=DEVICE), positions[:, :7], positions[:, :1] * 1e18], 1)
@@ -123,9 +96,29 @@ def test_queries_of_entities_are_causal():
         assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
 
 
-@pytest.mark.parametrize("k", [1, 9, 64] if INTERPRETED else [1, 2, 4, 7, 8, 13, 16, 17, 32, 33, 63, 64])
-def test_short_lists(k):
+@pytest.mark.parametrize("k", [1, 16, 41] if INTERPRETED else [1, 2, 4, 7, 8, 13, 16, 17, 32, 33, 63, 64, 500, 1024])
+def test_lists_of_any_length(k):
     check(torch.randn(N, 2, device=DEVICE).round(decimals=1), k, **MASKS[k % 4])
+
+
+def test_many_equal_distances():
+    """Which of them are kept is decided by index, in every leaf and every list."""
+    for n, D, k in ((N, 2, 20),) if INTERPRETED else ((N, 1, 16), (N, 3, 100), (N, 8, 5)):
+        check(torch.randint(2, (n, D), device=DEVICE).float(), k, **MASKS[D % 4])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs many branches")
+def test_many_branches(monkeypatch):
+    monkeypatch.setattr(tree, "FAN", 4)
+    monkeypatch.setattr(tree, "LEAF", 4)
+    for causal in (False, True):
+        check(torch.randn(N, 3, device=DEVICE), 9, causal=causal)
+
+
+def test_the_order_does_not_matter(monkeypatch):
+    """Where the curve runs decides how fast a search is, never what it finds."""
+    monkeypatch.setattr(tree.Layout, "bits", 1)
+    check(torch.randn(N, 3, device=DEVICE), 5, **MASKS[3])
 
 
 def test_fewer_points_than_neighbors():
@@ -134,30 +127,43 @@ def test_fewer_points_than_neighbors():
             check(torch.randn(3, n, 2, device=DEVICE), 6, **mask)
 
 
-# ---- boxes: more than 64 neighbours ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("k", [65, 130] if INTERPRETED else [65, 100, 128, 129, 500, 1000, 1024])
-def test_long_lists(k):
-    n = 140 if INTERPRETED else 2500
-    for D, name, mask in ((2, "lattice", MASKS[3]), (3, "256 positions", MASKS[0]), (1, "normal", MASKS[2])):
-        if INTERPRETED and (D == 1 or k == 130 and D == 2):
-            continue
-        positions = point_sets.points(name, n, D).to(DEVICE)
-        queries = torch.randn(3, D, device=DEVICE) if INTERPRETED else None
-        check(positions, k, queries=queries, **(MASKS[0] if INTERPRETED else mask))
+# ---- every pair -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("k", [3, 21] if INTERPRETED else [1, 7, 16, 64, 65, 1000])
+@pytest.mark.parametrize("shortest", [16, 128])
+def test_slices(k, shortest, monkeypatch):
+    """Points in several slices and in one: ties in different slices, lists that no slice can fill."""
+    monkeypatch.setattr(package, "MOST_PAIRS", 1 << 60)
+    monkeypatch.setattr(brute, "SHORTEST", shortest)
+    for D, mask in ((2, MASKS[3]), (11, MASKS[0])):
+        positions = torch.randn(2, N, D, device=DEVICE).round(decimals=0 if D == 2 else 3)
+        positions[1, 3] = float("nan")
+        positions[1, 4, 0] = -float("inf")
+        lengths = torch.tensor([N, N - 9], device=DEVICE)
+        check(positions, k, lengths=lengths, check=False, **mask)
+
+
+def test_slices_fill_a_gpu():
+    for items, n, kept in ((64, 2048, 16), (1, 1_000_003, 1024), (31_250, 10_000, 16), (3, 5, 4), (1, 1, 4)):
+        slices, size = brute.cut(items, n, kept)
+        assert (slices - 1) * size < n <= slices * size and size % brute.GROUP == 0
+        assert slices == 1 or size >= brute.SHORTEST and items * slices <= lists.PROGRAMS
+        assert items * slices * kept * lists.LANES * 8 <= lists.MOST_MEMORY or slices == 1
+    assert brute.cut(64, 2048, 16)[0] == 16
 
 
 # ---- KNNIndex and warm starts ---------------------------------------------------------------------------------------
-def test_index(left, monkeypatch):
+def test_index(walks, monkeypatch):
     n, k = N // 2, 4
     positions = torch.randn(2, n, 2, device=DEVICE)
     lengths = torch.tensor([n, n - 7], device=DEVICE)
     builds = []
-    monkeypatch.setattr(package, "build", lambda *args: builds.append(args) or grid.build(*args))
+    monkeypatch.setattr(package, "build", lambda *args: builds.append(args) or tree.build(*args))
     index = KNNIndex(positions, lengths)
     with dfn_kernels.use_backend("reference"):
         want = KNNIndex(positions, lengths).query(k)
         far = knn(positions, k, queries=-2 * positions[:, :5], lengths=lengths)
         alone = knn(positions, 2, lengths=lengths, include_self=False)
+        earlier = knn(positions, 20, lengths=lengths, causal=True)
     built = len(builds)
     shuffled = torch.randint(n, (2, n, k), device=DEVICE)
     twice = want.indices[..., :1].expand(-1, -1, k).contiguous()  # as near as can be, but not k different ones
@@ -166,49 +172,86 @@ def test_index(left, monkeypatch):
         for warm in (want.indices, shuffled, twice, *(() if INTERPRETED else (absent, absent + 2**40))):
             got = index.query(k, warm=want._replace(indices=warm))
             assert same_bits(got.indices, want.indices) and same_bits(got.sq_dists, want.sq_dists)
-        assert left[0] == 0 and left[2] > n, "a wrong warm start shows"
         for got, right in ((index.query(k, -2 * positions[:, :5]), far), (index.query(2, include_self=False), alone)):
             assert same_bits(got.indices, right.indices) and same_bits(got.sq_dists, right.sq_dists)
-    assert len(builds) == built, "sorted once"
+        assert len(builds) == built, "sorted once"
+        for _ in range(2):
+            got = index.query(20, causal=True)
+            assert same_bits(got.indices, earlier.indices) and same_bits(got.sq_dists, earlier.sq_dists)
+        assert len(builds) == built + 1, "prefixes are sorted once, too"
+    assert len(walks) == 5 + (0 if INTERPRETED else 2) + 2
     number = index._grids["triton"]
     del index
-    assert number > 0 and number not in package._grids
+    assert number > 0 and number not in package._kept
 
 
 # ---- what GPUs need -------------------------------------------------------------------------------------------------
 class _NoLaunch:
-    """Stands in for a kernel: takes any grid and arguments."""
+    """Stands in for a kernel: takes any grid and arguments, and counts."""
+
+    def __init__(self, launches):
+        self.launches = launches
 
     def __getitem__(self, grid):
-        return lambda *args, **options: None
+        return lambda *args, **options: self.launches.append(grid)
+
+
+FREE = ("empty", "new_empty", "empty_strided", "empty_like", "view", "_unsafe_view", "reshape", "expand", "detach",
+        "select", "slice", "unsqueeze", "squeeze", "transpose", "as_strided")  # fmt: skip  # no work on the device
 
 
 class _OneDevice(TorchDispatchMode):
-    """No tensor comes from the host, none goes there."""
+    """No tensor comes from the host, none goes there. Counts the calls that do work."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves((args, kwargs, out)):
             assert not isinstance(x, torch.Tensor) or x.device.type == "meta", f"{func} on {x.device}"
+        if func.overloadpacket.__name__ not in FREE:
+            self.calls.append(func)
         return out
 
 
-@pytest.mark.parametrize("k, causal, others", [(7, 0, False), (7, 1, False), (7, 0, True), (100, 1, False)])
-def test_nothing_waits_for_the_device(k, causal, others, monkeypatch):
-    """On meta tensors, which have no values: whatever needs one on the host, or in a shape, fails. So a CUDA graph can
-    capture a search."""
-    for module in (package.brute, grid, strips, boxes, package.warm):
+@pytest.fixture
+def launches(monkeypatch):
+    found = []
+    for module in (brute, tree, walk, warm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, _NoLaunch())
-    for D in (1, 2, 3):
+            monkeypatch.setattr(module, name, _NoLaunch(found))
+    return found
+
+
+@pytest.mark.parametrize("k, causal, others", [(7, 0, False), (7, 1, False), (7, 0, True), (100, 1, False)])
+def test_nothing_waits_for_the_device(k, causal, others, launches):
+    """On meta tensors, which have no values: whatever needs one on the host, or in a shape, fails. So a CUDA graph can
+    capture a search. And few calls: a sort by PyTorch counts as one.
+    """
+    for D in (1, 2, 3, 8):
         points = torch.empty(2, 100_003, D, device="meta")
         queries = torch.empty(2, 50_021, D, device="meta") if others else None
         lengths = torch.empty(2, dtype=torch.int64, device="meta")
-        warm = torch.empty(2, 50_021 if others else 100_003, k, dtype=torch.int64, device="meta")
+        found = torch.empty(2, 50_021 if others else 100_003, k, dtype=torch.int64, device="meta")
         inputs = points, queries, lengths, lengths if others else None
-        with _OneDevice():
-            indices, sq_dists = package.knn(*inputs, k, bool(causal), not causal, warm)
-            assert indices.shape == sq_dists.shape == warm.shape
+        launches.clear()
+        with _OneDevice() as device:
+            indices, sq_dists = package.knn(*inputs, k, bool(causal), not causal, found)
+            assert indices.shape == sq_dists.shape == found.shape
+        assert 5 < len(launches) + len(device.calls) <= 11, (launches, device.calls)
+
+
+@pytest.mark.parametrize("dtype, D, n", [(torch.float32, 3, 2003), (torch.float32, 20, 100), (torch.float64, 2, 5000)])
+def test_launches_of_brute_force(dtype, D, n, launches, monkeypatch):
+    monkeypatch.setattr(package, "MOST_PAIRS", 1 << 60)
+    for k in (5, 100):
+        points = torch.empty(2, n, D, device="meta", dtype=dtype)
+        launches.clear()
+        with _OneDevice() as device:
+            package.knn(points, None, None, None, k, False, True)
+        assert 1 <= len(launches) + len(device.calls) <= 3, (launches, device.calls)
 
 
 def test_what_waits_for_the_device_shows():

@@ -154,6 +154,25 @@ def test_error_against_published_code(backend):
             assert_accurate(ours, exact, max(distance(plain, exact), torch.finfo(ours.dtype).eps * exact.norm().item()))
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_long_sums_have_two_levels(backend):
+    """Behind 2^28, single ones are lost in float32, a sum of 64 is not: here all but the first such sum count."""
+    for T, d in ((2, 256), (1024, 2)):
+        x, grad, patterns = (torch.ones(shape, device=DEVICE) for shape in ((T, d), (T, d), (1, d, d)))
+        if T == 2:
+            x[:, 0] = grad[:, 0] = patterns[:, :, 0] = patterns[:, 0] = 2.0**14
+        else:
+            x[0] = grad[0] = 2.0**14
+        leaves = [tensor.requires_grad_() for tensor in (x, torch.ones(T, 1, device=DEVICE), patterns)]
+        with dfn_kernels.use_backend(backend):
+            y = pattern_route(*leaves)
+        dx, _, dp = torch.autograd.grad(y, leaves, grad)
+        if T == 2:
+            assert (y[:, 1:] >= 2**28 + d - 64).all() and (dx[:, 1:] >= 2**28 + d - 64).all()
+        else:
+            assert (dp >= 2**28 + T - 256).all()
+
+
 # ---- shapes and strides ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leading_dims_and_broadcast_weights(backend):

@@ -197,6 +197,28 @@ def test_noise_is_found():
     assert not gpu_parts.same_bits([torch.tensor(0.0)], [torch.tensor(-0.0)])
 
 
+def test_replays_are_compared_without_touching_the_inputs():
+    """Overwriting what was captured must not reach the incoming gradient, of which a gradient may be a view."""
+
+    def record(run, spoil=lambda held: None):
+        held = run()
+
+        def replay():
+            for x, fresh in zip(held, run(), strict=True):
+                x.copy_(fresh)
+            spoil(held)
+
+        return held, replay
+
+    case = next(case for case in CASES if case.op == "flow_drift")
+    step = gpu_parts.Step(case, "reference", torch.float32, "cpu", {**case.small, "N": 31})
+    grad = step.grad.clone()
+    assert gpu_parts.replay_differs(step, record) is None
+    assert step.grad.equal(grad)
+    wrong = gpu_parts.replay_differs(step, lambda run: record(run, lambda held: held[3].add_(1)))
+    assert wrong == "a replay gives other bits than an eager run: gradient of weight"
+
+
 def test_models():
     assert gpu_parts.models_agree("cpu") == "6 right"
 

@@ -1,85 +1,85 @@
 """Exact k nearest neighbours in Triton. Where the work is done:
 
-- brute.py: every query against every point; few points, more than three dimensions, float64.
-- cuts.py, grid.py: the points sorted into strips of equal depth.
-- strips.py: one query per lane walks over strips; k to 64.
+- lists.py: what every lane keeps, the k best keys; networks that sort and merge them.
+- brute.py: every query against every point; few points, many dimensions, float64.
+- tree.py: the points in boxes, in the order of a Hilbert curve.
+- walk.py: packets of neighbouring queries walk over the boxes.
 - warm.py: what neighbours of the last step tell about this one.
-- boxes.py: one query per program searches bounding boxes; longer lists, and what strips leave.
 
 Nothing waits for the device and every shape depends on sizes alone, so a CUDA graph can capture a search. Compiled
 without fused multiply-add: distances are the same to the bit on every backend.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import boxes, brute, strips
-from .brute import MOST_IN_REGISTERS, finish, list_length
-from .cuts import Layout
-from .grid import Grid, build, in_order
+from . import brute, walk
+from .tree import Tree, build, in_order
 from .warm import bound_by
 
-# Below, every query is compared with every point. Derived, not measured: the instructions of a comparison, 2 K to pass
-# a candidate through the list and about 20 more, against 0.1 ms, which building a grid takes, at 3e13 a second.
+# Where comparing every query with every point ends and the tree begins (docs/search.md): counted, not yet measured.
+MOST_PAIRS = 1 << 26  # for a tree of two dimensions
 FEW_POINTS = 1024
-FEW_STEPS = 3e9
-BOX = 64  # points in a bounding box, at least
+MOST_DIMENSIONS = 8
 
 
-def use_grid(B: int, N: int, M: int, D: int, k: int, dtype: torch.dtype) -> bool:
-    if D > 3 or dtype != torch.float32 or B * N >= 2**28 or B * M >= 2**31:
+def use_tree(B: int, N: int, M: int, D: int, dtype: torch.dtype) -> bool:
+    if D > MOST_DIMENSIONS or dtype != torch.float32 or N < FEW_POINTS or B * N >= 2**29 or B * M >= 2**31:
         return False
-    return N >= FEW_POINTS and B * N * M * (2 * list_length(k) + 20) >= FEW_STEPS
+    return B * N * M > MOST_PAIRS << max(0, D - 2)
 
 
 def knn(
     points: Tensor, queries: Tensor | None, lengths: Tensor | None, query_lengths: Tensor | None, k: int, causal: bool,
     include_self: bool, warm: Tensor | None = None, index: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Indices and squared distances [B, M, k]. `index`: the number of these points' grid, if they have one."""
+    """Indices and squared distances [B, M, k]. `index`: the number of these points' trees, if they have any."""
     B, N, D = points.shape
     M = N if queries is None else queries.shape[1]
-    grid = None if causal or k > MOST_IN_REGISTERS else _grids.get(index)
-    if B * M == 0 or N == 0 or grid is None and not use_grid(B, N, M, D, k, points.dtype):
+    kept = _kept.get(index)
+    if B * M == 0 or N == 0 or kept is None and not use_tree(B, N, M, D, points.dtype):
         return brute.search(points, queries, lengths, query_lengths, k, causal, include_self)
-    K = list_length(k)
-    if grid is None:
-        layout = Layout.of(B, N, D, k, max(K, BOX), causal)
-        grid = build(points, lengths, layout, k + 1 - include_self)
-    own = queries is None
-    if own:
-        queries, query_lengths, rows = points, lengths, grid.rows
+    tree = build(points, lengths, causal) if kept is None else kept.tree(causal)
+    if queries is None:
+        queries, query_lengths, rows, seats = points, lengths, tree.rows, tree.seats
     else:
-        rows = in_order(queries, query_lengths, grid)
-    if k > MOST_IN_REGISTERS:
-        keys = torch.empty(B, M, k, dtype=torch.int64, device=points.device)
-        boxes.search(queries, rows, torch.full_like(rows[:1], B * M), query_lengths, grid, causal, include_self, keys)
-        return finish(keys, ordered=True)
+        rows, seats = in_order(queries, query_lengths, tree)
     bound = None if warm is None else bound_by(warm, points, queries)
-    keys, left, count = strips.search(queries, rows, query_lengths, bound, grid, k, K, causal, include_self)
-    boxes.search(queries, left, count, query_lengths, grid, causal, include_self, keys)
-    return finish(keys, ordered=False)
+    return walk.search(queries, rows, seats, query_lengths, bound, tree, k, causal, include_self)
 
 
-# ---- grids that are kept: KNNIndex ----------------------------------------------------------------------------------
-INDEX_NEIGHBORS = 16  # for which the strips of an index are cut
-_grids: dict[int, Grid] = {}
+# ---- trees that are kept: KNNIndex ----------------------------------------------------------------------------------
+@dataclass
+class Kept:
+    points: Tensor
+    lengths: Tensor | None
+    trees: dict[bool, Tree]  # causal: the tree
+
+    def tree(self, causal: bool) -> Tree:
+        if causal in self.trees:
+            return self.trees[causal]
+        tree = build(self.points, self.lengths, causal)
+        if not (self.points.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph makes it anew
+            self.trees[causal] = tree
+        return tree
+
+
+_kept: dict[int, Kept] = {}
 _numbers = itertools.count(1)
 
 
 def index(points: Tensor, lengths: Tensor | None) -> int:
-    """Sorts the points once, for any k to 64, not causal; the number by which `knn` finds their grid. 0: no grid."""
+    """Sorts the points once, for any k; the number by which `knn` finds their trees. 0: searches do without."""
     B, N, D = points.shape
-    if not use_grid(B, N, N, D, INDEX_NEIGHBORS, points.dtype):
+    if not use_tree(B, N, N, D, points.dtype):
         return 0
     number = next(_numbers)
-    _grids[number] = build(
-        points, lengths, Layout.of(B, N, D, INDEX_NEIGHBORS, max(BOX, MOST_IN_REGISTERS), False), MOST_IN_REGISTERS + 1
-    )
+    _kept[number] = Kept(points, lengths, {False: build(points, lengths, False)})
     return number
 
 
 def forget(number: int) -> None:
-    _grids.pop(number, None)
+    _kept.pop(number, None)

@@ -1,7 +1,10 @@
 """Every query against every point, for any number of dimensions.
 
-Two passes. The first finds only tau, the k-th smallest distance. The second visits the points again in the order of
-their indices and writes those nearer than tau, and of those at tau the first ones: ties go to the lower index.
+Points are cut into slices, so that few queries fill a GPU, too: a program takes LANES queries, one a lane, and a slice.
+Where there are several slices, a second kernel merges what they found.
+
+Packed sets: every query has its own first and last point. Queries side by side have the same set or one nearby, so a
+program walks from the first point of any of them to the last. Time is quadratic in the size of a set.
 """
 
 import torch
@@ -9,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...packed import set_of_rows
+from . import lists
+from .lists import FAR, forget, merge_list, merge_sorted, write
+from .tree import JIT
+
+GROUP = 8  # points at a time
+SHORTEST = 128  # points in a slice
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
-# One compilation serves all sizes: without this there would be others for 1 and for multiples of 16.
-JIT = {"do_not_specialize": [
-    "N", "M", "k", "rows", "queries", "total", "slots", "pitch", "boxes", "C", "L", "slabs", "cells", "hash_bits",
-    "copies", "causal", "include_self", "warm", "budget",
-]}  # fmt: skip
-MOST_IN_REGISTERS = 64  # longest list that one thread keeps
 
 
 @triton.jit
@@ -45,64 +49,6 @@ def _distance(P, Q, i, j, i_ok, j_ok, D):
 
 
 @triton.jit
-def lane_kernel(
-    P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use
-    KEYS,  # output [B, M, k], filled with the key of nothing; found ones ascend by index
-    N, M, D, k,  # shapes
-    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
-    K: tl.constexpr,  # length of the lists, at least k
-    BM: tl.constexpr,  # tunable
-):  # fmt: skip
-    """One query per thread; its K best distances live in registers, a candidate passes through them like a bubble."""
-    blocks = tl.cdiv(M, BM)
-    pid = tl.program_id(0)
-    b = (pid // blocks).to(tl.int64)
-    i = (pid % blocks) * BM + tl.arange(0, BM)
-    rows = i < M
-    if HAS_LQ:
-        rows = rows & (i < tl.load(LQ + b))
-    n = N
-    if HAS_LP:
-        n = tl.minimum(n, tl.load(LP + b).to(tl.int32))
-    if CAUSAL:
-        n = tl.minimum(n, (pid % blocks) * BM + BM)
-    P += b * N * D
-    Q += b * M * D
-    at = i.to(tl.int64)
-    inf = float("inf")
-
-    best = ()
-    for _ in tl.static_range(K):
-        best = best + (tl.full((BM,), inf, tl.float32),)
-    for j in range(0, n):
-        d = _distance(P, Q, at, j, rows, True, D)
-        c = tl.where(_visible(i, j, CAUSAL, INCLUDE_SELF) & rows & (d < inf), d, inf)
-        bubbled = ()
-        for s in tl.static_range(K):
-            bubbled = bubbled + (tl.minimum(best[s], c),)
-            c = tl.maximum(best[s], c)
-        best = bubbled
-
-    tau = best[0]
-    for s in tl.static_range(1, K):
-        tau = tl.where(s < k, best[s], tau)
-    ties = tl.zeros((BM,), tl.int32) + k  # how many points at tau itself are wanted
-    for s in tl.static_range(K):
-        ties -= (best[s] < tau).to(tl.int32)
-
-    count = tl.zeros((BM,), tl.int32)
-    for j in range(0, n):
-        d = _distance(P, Q, at, j, rows, True, D)
-        seen = _visible(i, j, CAUSAL, INCLUDE_SELF) & rows & (d < inf)
-        tie = seen & (d == tau) & (ties > 0)
-        take = (seen & (d < tau)) | tie
-        key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | j
-        tl.store(KEYS + (b * M + at) * k + count, key, mask=take)
-        count += take.to(tl.int32)
-        ties -= tie.to(tl.int32)
-
-
-@triton.jit
 def _bits(d):
     """Integers that order like these distances, which are not negative."""
     if d.dtype == tl.float64:
@@ -111,18 +57,23 @@ def _bits(d):
         return d.to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(**JIT)
 def row_kernel(
-    P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use
-    OUT_I, OUT_D,  # outputs [B, M, k], filled with -1 and inf; found ones ascend by index
+    P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use; SETS: first point of each query [M], its end
+    OUT_I, OUT_D,  # outputs [B, M, k]: ascending by index, not by distance; then -1 and inf
     N, M, D, k,  # shapes
-    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, SETS: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     K: tl.constexpr,  # length of the list, a power of two, at least k
 ):  # fmt: skip
-    """One query per program, for long lists: K candidates at a time are sorted and merged into the K best."""
+    """One query per program, for float64. Two passes: K candidates at a time are sorted and merged into the K best,
+    whose k-th is tau; then the points nearer than tau are written in the order of their indices, and of those at tau
+    the first.
+    """
     pid = tl.program_id(0)
     b, i = (pid // M).to(tl.int64), pid % M
-    n = N
+    first, n = 0, N
+    if SETS:
+        first, n = tl.load(LP + i).to(tl.int32), tl.load(LQ + i).to(tl.int32)
     if HAS_LP:
         n = tl.minimum(n, tl.load(LP + b).to(tl.int32))
     if CAUSAL:
@@ -137,7 +88,7 @@ def row_kernel(
     nothing = _bits(tl.full((K,), inf, P.dtype.element_ty))
 
     best = nothing  # ascending
-    for start in range(0, n, K):
+    for start in range(first, n, K):
         j = start + lane
         d = _distance(P, Q, at, j.to(tl.int64), True, j < n, D)
         c = tl.where((j < n) & _visible(i, j, CAUSAL, INCLUDE_SELF) & (d < inf), _bits(d), nothing)
@@ -147,7 +98,7 @@ def row_kernel(
     ties = k - tl.sum((best < tau).to(tl.int32), axis=0)
 
     count = 0
-    for start in range(0, n, K):
+    for start in range(first, n, K):
         j = start + lane
         d = _distance(P, Q, at, j.to(tl.int64), True, j < n, D)
         c = tl.where((j < n) & _visible(i, j, CAUSAL, INCLUDE_SELF) & (d < inf), _bits(d), nothing)
@@ -159,65 +110,158 @@ def row_kernel(
         tl.store(OUT_D + place, d, mask=take > 0)
         count += tl.sum(take, axis=0)
         ties -= tl.sum(tie, axis=0)
+    rest = (b * M + at) * k + lane
+    tl.store(OUT_I + rest, tl.zeros_like(lane).to(tl.int64) - 1, mask=(lane >= count) & (lane < k))
+    tl.store(OUT_D + rest, tl.zeros_like(lane).to(OUT_D.dtype.element_ty) + inf, mask=(lane >= count) & (lane < k))
 
 
 @triton.jit(**JIT)
-def finish_kernel(
-    KEYS,  # input keys [rows, k], output indices
-    DISTS,  # output [rows, k]
-    rows, k,
-    SORT: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+def slice_kernel(
+    P, Q, LP, LQ,  # inputs: points [B, N, D], queries [B, M, D], LP and LQ as above
+    MEMORY, BEST,  # scratch: lists [programs, CAP, LANES]; best keys [programs or items, kept, LANES]
+    OUT_I, OUT_D,  # outputs [B, M, k], if there is one slice
+    N, M, D, k, kept, items, slices, size,  # shapes; items: blocks of queries times slices; size: points in a slice
+    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, SETS: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    SLICED: tl.constexpr, ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,
+    GROUP: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    s = tl.arange(0, K)[None, :]
-    ok = (row < rows) & (s < k)
-    at = row.to(tl.int64) * k + s
-    key = tl.load(KEYS + at, mask=ok, other=0x7FFFFFFFFFFFFFFF)
-    if SORT:
-        key = tl.sort(key, dim=1)
-    tl.store(DISTS + at, (key >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=ok)
-    tl.store(KEYS + at, (key << 32) >> 32, mask=ok)  # the low half with its sign: -1 if there is nothing
+    lane = tl.arange(0, LANES)
+    pid = tl.program_id(0).to(tl.int64)
+    LIST = MEMORY + pid * (CAP * LANES) + lane
+    blocks = tl.cdiv(M, LANES)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        part = pid
+        if SLICED:
+            part = pid * 0 + item
+        block = item // slices
+        b = (block // blocks).to(tl.int64)
+        i = (block % blocks) * LANES + lane
+        rows = i < M
+        asks = rows
+        if HAS_LQ:
+            asks = asks & (i < tl.load(LQ + b))
+        end = N
+        if HAS_LP:
+            end = tl.minimum(end, tl.load(LP + b).to(tl.int32))
+        if CAUSAL:
+            end = tl.minimum(end, (block % blocks) * LANES + LANES)
+        start = (item % slices) * size
+        end = tl.minimum(end, start + size)
+        if SETS:
+            first = tl.load(LP + i, mask=rows, other=N).to(tl.int32)
+            after = tl.load(LQ + i, mask=rows, other=0).to(tl.int32)
+            start, end = tl.maximum(start, tl.min(first, axis=0)), tl.minimum(end, tl.max(after, axis=0))
+        points = P + b * N * D
+        queries = Q + (b * M + i) * D
+        MINE = BEST + part * kept * LANES + lane
+        forget(MINE, b + i, kept, k, LANES)
+        worst = tl.where(asks, tl.zeros_like(b + i) + FAR, -1)
+        count = tl.zeros_like(i)
+        longest = tl.max(count, axis=0)
+        for j in range(start, end, GROUP):
+            at = b * 0 + j  # 64 bits wide
+            d = ()
+            for _ in tl.static_range(GROUP):
+                d = d + (tl.zeros((LANES,), tl.float32),)
+            for a in range(D):
+                x = tl.load(queries + a, mask=asks, other=0.0)
+                sums = ()
+                for c in tl.static_range(GROUP):
+                    step = tl.load(points + (at + c) * D + a, mask=j + c < end, other=float("inf")) - x
+                    sums = sums + (d[c] + step * step,)
+                d = sums
+            for c in tl.static_range(GROUP):
+                key = (d[c].to(tl.int32, bitcast=True).to(tl.int64) << 32) | (at + c)
+                wanted = (d[c] < float("inf")) & (key < worst) & _visible(i, j + c, CAUSAL, INCLUDE_SELF)
+                if SETS:
+                    wanted = wanted & (first <= j + c) & (j + c < after)
+                tl.store(LIST + count * LANES, key, mask=wanted)
+                count += wanted.to(tl.int32)
+            longest = tl.max(count, axis=0)
+            if (longest > CAP - GROUP) | (j + GROUP >= end):
+                found = merge_list(LIST, MINE, count, longest, kept, ONE, LANES, K, LOG)
+                worst = tl.where(asks, found, -1)
+                count = tl.zeros_like(i)
+        if not SLICED:
+            write(BEST + part * kept * LANES, OUT_I, OUT_D, (b * M + i) * k, rows, kept, k, LANES)
+
+
+@triton.jit(**JIT)
+def merge_kernel(
+    BEST,  # input [blocks, slices, kept, LANES], and scratch
+    OUT_I, OUT_D,  # outputs [B, M, k]
+    M, k, kept, slices,
+    ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program a block: the other slices' keys are merged into those of the first."""
+    lane = tl.arange(0, LANES)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(M, LANES)
+    i = (block % blocks) * LANES + lane
+    stride = block.to(tl.int64) * 0 + kept * LANES
+    FIRST = BEST + block * slices * stride
+    for part in range(1, slices):
+        OTHER = FIRST + part * stride + (kept - k) * LANES + lane
+        for chunk in range(0, k, K):
+            new = ()
+            for e in tl.static_range(K):
+                new = new + (tl.load(OTHER + (chunk + e) * LANES, mask=chunk + e < k, other=FAR),)
+            merge_sorted(new, FIRST + lane, kept, ONE, LANES, K, LOG)
+    write(FIRST, OUT_I, OUT_D, ((block // blocks).to(tl.int64) * M + i) * k, i < M, kept, k, LANES)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-NOTHING = 0x7F800000FFFFFFFF  # key of a missing neighbour: distance inf, index -1
-
-
-def list_length(k: int) -> int:
-    return max(4, triton.next_power_of_2(k))
-
-
-def finish(keys: Tensor, ordered: bool) -> tuple[Tensor, Tensor]:
-    """Keys [B, M, k] become indices, in place, and squared distances, ascending by (distance, index)."""
-    sq_dists = torch.empty_like(keys, dtype=torch.float32)
-    k, K = keys.shape[2], list_length(keys.shape[2])
-    rows, BM = keys.shape[0] * keys.shape[1], max(1, 2048 // K)
-    finish_kernel[(triton.cdiv(rows, BM),)](keys, sq_dists, rows, k, SORT=not ordered, K=K, BM=BM, num_warps=4)
-    return keys, sq_dists
+def cut(items: int, N: int, kept: int) -> tuple[int, int]:
+    """How many slices, and of how many points: as many as fill a GPU, if they are not too short."""
+    most = min(lists.PROGRAMS // items, N // SHORTEST, lists.MOST_MEMORY // (items * kept * lists.LANES * 8))
+    size = triton.cdiv(triton.cdiv(N, max(1, most)), GROUP) * GROUP
+    return triton.cdiv(N, size), size
 
 
 def search(
     points: Tensor, queries: Tensor | None, lengths: Tensor | None, query_lengths: Tensor | None, k: int, causal: bool,
-    include_self: bool,
+    include_self: bool, ptr: Tensor | None = None, query_ptr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Indices and squared distances [B, M, k]. With `ptr`, offsets of packed sets [S + 1], there are no lengths."""
     B, N, D = points.shape
     if queries is None:
-        queries, query_lengths = points, lengths
-    M = queries.shape[1]
-    K = list_length(k)
-    in_registers = K <= MOST_IN_REGISTERS and points.dtype == torch.float32
-    indices = points.new_full((B, M, k), NOTHING if in_registers else -1, dtype=torch.int64)
+        queries, query_lengths, query_ptr = points, lengths, ptr
+    M, device = queries.shape[1], points.device
+    if B * M == 0 or N == 0 or ptr is not None and len(ptr) == 1:
+        return points.new_full((B, M, k), -1, dtype=torch.int64), points.new_full((B, M, k), torch.inf)
+    indices = torch.empty(B, M, k, dtype=torch.int64, device=device)
+    sq_dists = points.new_empty(B, M, k)
     inputs = points, queries, points if lengths is None else lengths, points if query_lengths is None else query_lengths
-    flags = {"HAS_LP": lengths is not None, "HAS_LQ": query_lengths is not None, "CAUSAL": causal,
-             "INCLUDE_SELF": include_self}  # fmt: skip
-    if in_registers and indices.numel() and N:
-        blocks = (B * triton.cdiv(M, 128),)
-        lane_kernel[blocks](*inputs, indices, N, M, D, k, **flags, K=K, BM=128, num_warps=4, **EXACT)
-        return finish(indices, ordered=False)
-    indices.fill_(-1)
-    sq_dists = points.new_full((B, M, k), torch.inf)
-    if indices.numel() and N:
-        row_kernel[(B * M,)](*inputs, indices, sq_dists, N, M, D, k, **flags, K=max(K, 64), num_warps=4, **EXACT)
-    # What was found ascends by index, so a stable sort by distance gives the order (distance, index).
-    sq_dists, order = sq_dists.sort(dim=-1, stable=True)
-    return indices.gather(-1, order), sq_dists
+    if ptr is not None:
+        sets, ptr = (
+            set_of_rows(query_ptr, M),
+            ptr.clamp(0, N),
+        )  # a GPU looks at no offsets; these stay within the points
+        inputs = points, queries, ptr[sets], ptr[sets + 1]
+    flags = {"HAS_LP": lengths is not None, "HAS_LQ": query_lengths is not None, "SETS": ptr is not None,
+             "CAUSAL": causal, "INCLUDE_SELF": include_self}  # fmt: skip
+    if points.dtype == torch.float64:
+        K = max(64, triton.next_power_of_2(k))
+        row_kernel[(B * M,)](*inputs, indices, sq_dists, N, M, D, k, **flags, K=K, num_warps=4, **EXACT)
+        # What was found ascends by index, so a stable sort by distance gives the order (distance, index).
+        sq_dists, order = sq_dists.sort(dim=-1, stable=True)
+        return indices.gather(-1, order), sq_dists
+
+    (K, kept), CAP = lists.sizes(k), 32 + GROUP
+    blocks = B * triton.cdiv(M, lists.LANES)
+    slices, size = cut(blocks, N, kept)
+    items = blocks * slices
+    programs = lists.programs(items, CAP + kept)
+    memory = torch.empty(programs * CAP * lists.LANES, dtype=torch.int64, device=device)
+    parts = items if slices > 1 else programs
+    best = torch.empty(parts * kept * lists.LANES, dtype=torch.int64, device=device)
+    lengths_of_lists = {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1, "LANES": lists.LANES}
+    slice_kernel[(programs,)](
+        *inputs, memory, best, indices, sq_dists, N, M, D, k, kept, items, slices, size,
+        **flags, **lengths_of_lists, SLICED=slices > 1, GROUP=GROUP, CAP=CAP, **lists.options(kept, K),
+    )  # fmt: skip
+    if slices > 1:
+        merge_kernel[(blocks,)](
+            best, indices, sq_dists, M, k, kept, slices, **lengths_of_lists, **lists.options(kept, K)
+        )
+    return indices, sq_dists

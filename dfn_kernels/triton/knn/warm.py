@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .brute import EXACT, JIT
+from .brute import EXACT
+from .tree import JIT
 
 
 @triton.jit(**JIT)
