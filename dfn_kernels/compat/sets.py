@@ -121,8 +121,9 @@ def neighbors(
 def edges(found: Tensor, to_query: bool = False) -> Tensor:
     """Lists [M, k] as pairs: int64 ``[2, E]``, (query, neighbour), or (neighbour, query) if they lead `to_query`."""
     listed = found >= 0
-    query = torch.arange(len(found), device=found.device).unsqueeze(1).expand_as(found)
-    pairs = [found, query] if to_query else [query, found]
     if listed.all():  # twice as fast where it is so
-        return torch.stack(pairs).flatten(1)
-    return torch.stack([one.masked_select(listed) for one in pairs])
+        query, neighbor = torch.arange(len(found), device=found.device).unsqueeze(1).expand_as(found), found
+    else:
+        query, slot = listed.nonzero(as_tuple=True)
+        neighbor = found[query, slot]
+    return torch.stack([neighbor, query] if to_query else [query, neighbor]).flatten(1)
