@@ -9,6 +9,7 @@ python -m bench readme RESULT.json       puts the table into README.md
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -19,25 +20,35 @@ from .cases import cases_for, quick_cases
 from .timing import ceilings
 
 
+def result(text: str) -> Path:
+    try:
+        json.loads(Path(text).read_text(encoding="utf-8"))["rows"]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text} is no result of the benchmark") from None
+    return Path(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["guard"]:
         return guard.main(argv[1:])
     if argv[:1] == ["compare"]:
         parser = argparse.ArgumentParser(prog="python -m bench compare")
-        parser.add_argument("before", type=Path)
-        parser.add_argument("after", type=Path)
+        parser.add_argument("before", type=result)
+        parser.add_argument("after", type=result)
         given = parser.parse_args(argv[1:])
         print(report.compare(given.before, given.after))
         return 0
     if argv[:1] == ["plot"]:
         parser = argparse.ArgumentParser(prog="python -m bench plot")
-        parser.add_argument("result", type=Path)
+        parser.add_argument("result", type=result)
         print(f"written to {plots.draw(parser.parse_args(argv[1:]).result)}")
         return 0
     if argv[:1] == ["readme"]:
         parser = argparse.ArgumentParser(prog="python -m bench readme")
-        parser.add_argument("result", type=Path)
+        parser.add_argument("result", type=result)
         report.update_readme(parser.parse_args(argv[1:]).result, Path(__file__).parents[1] / "README.md")
         return 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])

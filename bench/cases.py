@@ -12,6 +12,7 @@ from torch import Tensor
 import dfn_kernels as dk
 from dfn.flownetwork import FlowLayer
 from dfn.models.layers import DFNBlock
+from dfn_kernels._backends import NAMES, choose, missing
 
 from . import peers
 
@@ -32,11 +33,15 @@ class Case:
     compiled: tuple[str, ...] = ()  # peers that take part a second time, through torch.compile
     forward_only: tuple[str, ...] = ()  # peers whose backward pass is no alternative
     layer: str = ""  # the module, where the case is a whole layer around the op
+    variant: str = ""  # what sets it apart from a case of the same op and sizes
     gpu_only: bool = False  # a CPU would take minutes
+    goals: dict[str, float] = field(default_factory=dict)  # milliseconds on an H200, by "mode dtype"
 
     @property
     def name(self) -> str:
-        return (self.layer or self.op) + "".join(f"-{letter}{size}" for letter, size in self.sizes.items())
+        return (
+            (self.layer or self.op) + self.variant + "".join(f"-{letter}{size}" for letter, size in self.sizes.items())
+        )
 
 
 # ---- flow_drift -----------------------------------------------------------------------------------------------------
@@ -91,6 +96,22 @@ def make_gather(B, H, N, D, c, k, *, device, dtype):
 
 def our_gather(**inputs):
     return dk.gaussian_gather(**inputs)
+
+
+def make_planned_gather(B, H, N, D, c, k, *, device, dtype):
+    """With what a plan holds, for every backend that runs here."""
+    inputs = make_gather(B, H, N, D, c, k, device=device, dtype=dtype)
+    plans = {}
+    for backend in NAMES:
+        if missing("gaussian_gather", backend, device) is None:
+            with dk.use_backend(backend):
+                plans[backend] = dk.gather_plan(inputs["indices"], inputs["positions"])
+    return {**inputs, "indices": plans}
+
+
+def our_planned_gather(indices, positions, **inputs):
+    plan = indices[choose("gaussian_gather", positions.device.type)]
+    return dk.gaussian_gather(positions, indices=plan, **inputs)
 
 
 # ---- flow_attention -------------------------------------------------------------------------------------------------
@@ -173,7 +194,7 @@ def _route_work(T, P, I, O, itemsize):
     return (T * (I + P + O) + P * O * I) * itemsize, 2 * T * P * O * I
 
 
-def _gather_case(B, H, N, D, c, k):
+def _gather_case(B, H, N, D, c, k, **options):
     return Case(
         "gaussian_gather",
         dict(B=B, H=H, N=N, D=D, c=c, k=k),
@@ -189,7 +210,21 @@ def _gather_case(B, H, N, D, c, k):
         work=_gather_work,
         compiled=("index + einsum",),
         forward_only=("sparse CSR",),  # its gradient by the weights is a dense [N, N]
+        **options,
     )
+
+
+def _planned_gather_case(N, c, goals):
+    return Case("gaussian_gather", dict(B=1, H=1, N=N, D=3, c=c, k=16), make_planned_gather, our_planned_gather,
+                grads=("positions", "values", "sigma"), small=dict(B=2, H=2, N=257, D=3, c=37, k=5), work=_gather_work,
+                variant="-plan", gpu_only=True, goals=goals)  # fmt: skip
+
+
+def _attention_case(N, goals, **options):
+    return Case("flow_attention", dict(B=1, H=4, N=N, D=3, d=256, k=16), make_attention, our_attention,
+                {"causal SDPA, same d": peers.sdpa}, grads=("states", "positions", "flow_weight", "values", "sigma"),
+                small=dict(B=2, H=2, N=131, D=3, d=26, k=5), other_work=("causal SDPA, same d",), goals=goals,
+                **options)  # fmt: skip
 
 
 def _knn_case(N, D, k, causal=False):
@@ -239,9 +274,13 @@ CASES = [
     _gather_case(1, 1, 32_768, 3, 256, 16),
     _gather_case(1, 1, 262_144, 3, 64, 16),
     _gather_case(1, 1, 262_144, 3, 256, 16),
-    Case("flow_attention", dict(B=1, H=4, N=32_768, D=3, d=256, k=16), make_attention, our_attention,
-         {"causal SDPA, same d": peers.sdpa}, grads=("states", "positions", "flow_weight", "values", "sigma"),
-         small=dict(B=2, H=2, N=131, D=3, d=26, k=5), other_work=("causal SDPA, same d",)),
+    _gather_case(1, 1, 1_000_000, 3, 64, 16, gpu_only=True),
+    _gather_case(1, 1, 1_000_000, 3, 256, 16, gpu_only=True),
+    _planned_gather_case(1_000_000, 64, {"forward bfloat16": 0.2, "forward float32": 0.35}),
+    _planned_gather_case(1_000_000, 256, {"forward bfloat16": 0.5, "forward float32": 1.2, "training bfloat16": 1.6}),
+    _attention_case(8192, {}, gpu_only=True),
+    _attention_case(32_768, {"forward bfloat16": 0.6, "training bfloat16": 1.5}),
+    _attention_case(131_072, {"forward bfloat16": 2.0, "training bfloat16": 4.5}, gpu_only=True),
     _route_case(1024, 8, 512, 512),
     _route_case(8192, 8, 512, 512),
     _route_case(65_536, 16, 768, 768, gpu_only=True),

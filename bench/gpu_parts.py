@@ -54,7 +54,7 @@ def our_distances(positions, k):
 
 def ops() -> list[Case]:
     """One case an op and small size, and the distances of the search, which have gradients."""
-    cases = list({case.op + str(case.small): case for case in CASES if not case.layer}.values())
+    cases = list({case.op + case.variant + str(case.small): case for case in CASES if not case.layer}.values())
     search = next(case for case in cases if case.op == "knn")
     return [*cases, replace(search, ours=our_distances, grads=("positions",), exact=False)]
 

@@ -4,30 +4,39 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 import dfn_kernels as dk
-from dfn_kernels._backends import NAMES, missing
+from dfn_kernels._backends import NAMES, choose, missing
 
 from .cases import Case
 from .timing import peak_growth_mib, time_rounds
 
-OURS = ("native", "triton", "reference")  # everybody else is a peer
-QUADRATIC = ("knn", "flow_attention")  # whose references hold an [N, N]
+OURS = ("default", "native", "triton", "reference")  # everybody else is a peer; default: what each part runs best on
+MOST_NUMBERS = 2**30  # that a reference may hold: float64 takes 8 GiB for them, gradients some times that
+
+
+def too_large_for_reference(case: Case, sizes: dict[str, int]) -> bool:
+    """Whether it holds an [N, N] beyond 16k, or an [N, k, c] beyond MOST_NUMBERS."""
+    if case.op in ("knn", "flow_attention"):
+        return sizes["N"] > 2**14
+    return case.op == "gaussian_gather" and prod(sizes[letter] for letter in "BHNkc") > MOST_NUMBERS
 
 
 @dataclass
 class Row:
     case: str
     op: str
-    who: str  # "native", "triton", "reference" or a peer's name
+    who: str  # one of OURS, or a peer's name
     mode: str  # "forward" or "training" (forward and backward)
     dtype: str
     ms: float | None = None  # median; None where the result was wrong or the run failed
     ms_low: float | None = None  # 10 % quantile
     ms_high: float | None = None  # 90 % quantile
+    goal: float | None = None  # milliseconds, where the case has one for this machine
     # of ours: time of the fastest peer over this one, round by round: the median and both quartiles
     ratio: float | None = None
     ratio_low: float | None = None
@@ -56,8 +65,11 @@ def allowed_error(case: Case, dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, 3e-2)
 
 
-def exact_result(case: Case, inputs: dict, device: str) -> Tensor | None:
-    """The reference in float64; for an exact op our own answer, which the tests hold against brute force to the bit."""
+def exact_result(case: Case, inputs: dict, device: str, sizes: dict[str, int]) -> Tensor | None:
+    """The reference in float64, or what takes its place where it would not fit.
+
+    For an exact op our own answer, which the tests hold against brute force to the bit.
+    """
     if case.exact:
         return case.ours(**inputs)
     if "reference" in case.other_work:
@@ -68,9 +80,15 @@ def exact_result(case: Case, inputs: dict, device: str) -> Tensor | None:
         # Its reference has a [N, N] of its own; and positions stay as they are: a search in float64 would meet other
         # neighbours wherever two distances round to the same float32.
         wide, fastest = ("values",), "native" if device == "cpu" else "triton"
+    elif too_large_for_reference(case, sizes):
+        fastest = choose(case.op, device)
     doubles = {n: x.double() if n in wide else x for n, x in inputs.items()}
     with dk.use_backend(fastest):
         return case.ours(**doubles)
+
+
+def goal_of(case: Case, mode: str, dtype: str, device: str) -> float | None:
+    return case.goals.get(f"{mode} {dtype}") if device == "cuda" else None
 
 
 # ---- a case ---------------------------------------------------------------------------------------------------------
@@ -82,6 +100,8 @@ def contenders(case: Case, device: str) -> dict[str, Callable]:
             continue  # the interpreter is no contender
         if missing(case.op, backend, device) is None:
             ours[backend] = _on_backend(case.ours, backend)
+    if case.op == "flow_attention" and device == "cuda":
+        ours["default"] = case.ours  # its parts do not all run best on one backend
     others = {**case.peers, **(case.gpu_peers if device == "cuda" else {})}
     again = [name for name in case.compiled if name in case.peers]
     compiled = {f"compiled {name}": torch.compile(case.peers[name], dynamic=False) for name in again}
@@ -122,13 +142,13 @@ def run_case(
     torch._dynamo.reset()  # every case compiles anew, for its own sizes
     sizes = case.small if small else case.sizes
     inputs = case.make(**sizes, device=device, dtype=dtype)
-    exact = exact_result(case, inputs, device)
+    exact = exact_result(case, inputs, device, sizes)
     rows: dict[tuple[str, str], Row] = {}  # by contender and mode
     runs: dict[str, dict[str, Callable]] = {"forward": {}, "training": {}}
     for who, op in contenders(case, device).items():
         if who in skip or ("compiled" in skip and who.startswith("compiled")):
             continue
-        if who == "reference" and case.op in QUADRATIC and sizes["N"] > 2**14:
+        if who == "reference" and too_large_for_reference(case, sizes):
             continue
         row = Row(case.name, case.op, who, "forward", str(dtype).removeprefix("torch."))
         rows[who, "forward"] = row
@@ -158,6 +178,8 @@ def run_case(
         for who, taken in times.items():
             fill(rows[who, mode], taken)
         compare({who: rows[who, mode] for who in entrants}, times)
+    for (who, mode), row in rows.items():
+        row.goal = goal_of(case, mode, row.dtype, device) if who in OURS else None
     if case.work:
         for (_, mode), row in rows.items():
             if mode == "forward" and row.ms:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .cases import Case, quick_cases
 from .measure import OURS, Row, run_case
 
-COLUMNS = ("case", "who", "mode", "ms", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
+COLUMNS = ("case", "who", "mode", "ms", "goal", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
 
 
 def measure_all(cases: Iterable[Case], after_each: Callable[[list[Row]], object] = len, **options) -> list[Row]:
@@ -46,7 +46,8 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 
     return [
         (
-            row.case, row.who, row.mode, number(row.ms, ".2f"), _speedup(row), number(row.mib, ".1f"),
+            row.case, row.who, row.mode, number(row.ms, ".2f"), number(row.goal, ".2f"), _speedup(row),
+            number(row.mib, ".1f"),
             number(row.gb_per_s, ".1f"), number(row.tflop_per_s, ".3f"), number(row.error, ".1e"), row.note,
         )
         for row in rows

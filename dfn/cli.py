@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,9 @@ JUDGED = (*KINDS, "photographs", "recall", "memory")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command: 0, or 1 for a failure; exits with 2 for bad usage."""
     argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    for stream in (sys.stdout, sys.stderr):  # names and figures are said whole on any terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(with_config(parser, argv))
         if missing := [m for m in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(m) is None]:
@@ -34,16 +38,28 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UsageError as error:
         return said(error, 2)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: checkpoints, NaN, what is not installed
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: checkpoints, what is missing
         return said(error, 1)
-    except KeyboardInterrupt:
-        return said("stopped; --resume goes on from the last checkpoint", 1)
+    except KeyboardInterrupt as error:
+        return said(str(error) or "stopped", 1)
 
 
 def said(error: object, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
-    warn(f"dfn{f' (process {rank})' if rank else ''}: {error}")
+    warn(f"dfn{f' (process {rank})' if rank else ''}: {in_one_line(error)}")
     return code
+
+
+def in_one_line(error: object) -> str:
+    """What a person can do something with: no names of functions, no places in sources."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        size = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE) or re.search(r"([\d.]+ bytes)", text)
+        return "out of memory" + (f": {size[1]} could not be had" if size else "")
+    text = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return re.sub(r"^(?:[A-Z]\w*[a-z]\w*|[a-z]+(?:_[a-z]+)+): ", "", text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     one = add("train", train, "train a model; a run that was killed goes on with --resume")
     one.add_argument("kind", nargs="?", metavar="KIND", help="; ".join(f"{n}: {k.__doc__}" for n, k in KINDS.items()))
     one.add_argument("--out", type=Path, help="folder of the run (default: runs/KIND)")
-    one.add_argument("--resume", action="store_true", help="go on from the last good checkpoint in the folder, if any")
+    one.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last good checkpoint in the folder, if any; also to more --steps",
+    )
+    one.add_argument(
+        "--init", type=Path, metavar="DIR", help="begin with the weights, and sizes, of the run in this folder"
+    )
     one.add_argument("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="default: 100")
     one.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(one)
@@ -68,16 +91,16 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
     one.add_argument("--prompt", default="\n", help="default: a line break; - reads it from the standard input")
     one.add_argument("--tokens", type=positive, default=200, help="bytes to add (default: 200)")
-    one.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest byte (default: 0.7)")
+    one.add_argument("--temperature", type=not_negative, default=0.7, help="0 takes the likeliest byte (default: 0.7)")
     one.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest bytes only")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=seed, default=0)
 
     one = add("eval", evaluate, "judge a trained run, or train one and judge it")
     one.add_argument("what", choices=JUDGED, metavar="WHAT", help=", ".join(JUDGED))
     one.add_argument("--run", type=Path, metavar="DIR", help="folder of a run (default: one is trained for this)")
     one.add_argument("--json", action="store_true", help="print the figures as JSON")
-    one.add_argument("--pairs", type=positive, nargs="+", default=[8, 16], help="of recall (default: 8 16)")
-    one.add_argument("--seeds", type=positive, default=3, help="of recall (default: 3)")
+    one.add_argument("--pairs", type=positive, nargs="+", help="of recall, at most 32 (default: 8 16)")
+    one.add_argument("--seeds", type=positive, help="of recall (default: 3)")
     add_options(one)
 
     one = add("ablate", ablate, "train a language model with and without its parts; write one table")
@@ -107,9 +130,21 @@ def given_options(arguments: argparse.Namespace) -> dict:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be between 1 and {2**31 - 1}, got {text}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**63 - 1}, got {text}")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return float(text)
 
 
 def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
@@ -151,33 +186,50 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.kind is None:
         raise UsageError(f"KIND must be one of {', '.join(KINDS)}, as an argument or in the TOML file")
     given = given_options(arguments)
-    options = Options.of(arguments.kind, **given)
+    if arguments.init is None:
+        options = Options.of(arguments.kind, **given)
+    else:
+        options = runs.options_like(arguments.init, arguments.kind, given, warn)
     with runs.processes():
         run = runs.train(
             options, arguments.out or Path("runs") / arguments.kind, resume=arguments.resume, given=given,
-            every=arguments.checkpoint_every, progress=not arguments.quiet,
+            init=arguments.init, every=arguments.checkpoint_every, progress=not arguments.quiet,
         )  # fmt: skip
         if int(os.environ.get("RANK", 0)) == 0:
-            show(run.judge())
+            show(run.judge(not arguments.quiet, warn))
 
 
 def generate(arguments: argparse.Namespace) -> None:
     run = Run.load(arguments.run, warn)
     if not hasattr(run.model, "generate"):
         raise UsageError(f"{arguments.run} is a run of kind {run.options.kind}; only text generates")
-    prompt = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode()
+    prompt = sys.stdin.buffer.read() if arguments.prompt == "-" else as_bytes(arguments.prompt)
     if not prompt:
         raise UsageError("--prompt must not be empty")
+    run.set_threads()
     device = next(run.model.parameters()).device
     ids = run.model.generate(
         torch.tensor([list(prompt)], device=device), arguments.tokens, temperature=arguments.temperature,
-        top_k=arguments.top_k, generator=torch.Generator(device).manual_seed(arguments.seed),
+        top_k=arguments.top_k, generator=torch.Generator(device).manual_seed(arguments.seed), progress=True,
     )  # fmt: skip
-    print(bytes(ids[0].tolist()).decode("utf-8", "replace"))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(bytes(ids[0].tolist()) + b"\n")  # as they are: decoding could lose some
+    sys.stdout.buffer.flush()
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes that the shell passed, in whatever encoding; of a text from a TOML file those of UTF-8."""
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     given = given_options(arguments)
+    for flag, meant in (("pairs", "recall"), ("seeds", "recall"), ("run", KINDS)):
+        if getattr(arguments, flag) is not None and arguments.what not in meant:
+            raise UsageError(f"--{flag} has no meaning for {arguments.what}")
     if arguments.what not in KINDS:
         figures = SPECIAL[arguments.what](given, arguments)
     elif arguments.run:
@@ -185,10 +237,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if run.options.kind != arguments.what or given:
             wrong = f"kind {run.options.kind}" if run.options.kind != arguments.what else "its own options"
             raise UsageError(f"{arguments.run} is a run with {wrong}; give either --run or options")
-        figures = run.judge()
+        run.set_threads()
+        figures = run.judge(True, warn)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            figures = runs.train(Options.of(arguments.what, **given), Path(folder), evaluations=0, say=warn).judge()
+            run = runs.train(Options.of(arguments.what, **given), Path(folder), evaluations=0, say=warn)
+            figures = run.judge(True, warn)
     print(json.dumps(figures, indent=1)) if arguments.json else show(figures)
 
 
@@ -199,7 +253,10 @@ def photographs(given: dict, _) -> list[dict]:
 
 def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
     only(given, "steps", "batch", "dim", "layers", "lr")
-    found = [run_recall(m, p, range(arguments.seeds), **given) for p in arguments.pairs for m in MODELS]
+    pairs = arguments.pairs or [8, 16]
+    if max(pairs) > 32:
+        raise UsageError(f"--pairs must be at most 32, got {max(pairs)}")
+    found = [run_recall(m, p, range(arguments.seeds or 3), **given) for p in pairs for m in MODELS]
     shown = ("model", "parameters", "pairs", "seed", "steps", "accuracy", "steps_to_99", "seconds")
     return [{name: "-" if r[name] is None else r[name] for name in shown} for results in found for r in results]
 
@@ -233,7 +290,7 @@ def show(figures: dict | list[dict]) -> None:
     """A line for each figure, or a table."""
     if isinstance(figures, dict):
         for name, value in figures.items():
-            print(f"{name:24}{value:10.3f}")
+            print(f"{name:24}{value:10,d}" if isinstance(value, int) else f"{name:24}{value:10.3f}")
         return
     print("".join(f"{name:>12}" for name in figures[0]))
     for row in figures:

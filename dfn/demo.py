@@ -16,7 +16,8 @@ from .models.language import DFNLanguageModel
 from .models.layers import count_parameters
 from .pictures.drift import drift
 from .pictures.training import loss_curve
-from .runs.bits import CONTEXT, STRIDE, continue_prompt, held_out_bits, table_of_bits, text_baselines
+from .runs.bits import CONTEXT, JUDGED, STRIDE, continue_prompt, held_out_bits, judged, table_of_bits, text_baselines
+from .runs.threads import fast_threads
 from .training.text import batches, load_corpus
 from .training.trainer import History, NonFiniteLoss, Trainer
 
@@ -63,7 +64,7 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     torch.manual_seed(seed)
     model = DFNLanguageModel(**MODEL)
     threads = torch.get_num_threads()
-    torch.set_num_threads(fast_threads(model, corpus.train, length, autocast))
+    torch.set_num_threads(threads_for(model, corpus.train, length, autocast))
     ran_on = machine(autocast)
     print(
         f"DFNLanguageModel: {count_parameters(model):,} parameters, {MODEL['layers']} layers, {MODEL['heads']} heads, "
@@ -75,8 +76,10 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     starts = torch.linspace(0, max(0, len(corpus.held_out) - 2048), GLANCES).long().unique()
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
     history = trainer.fit(stream, evaluate=lambda: held_out_bits(model, glance, autocast))
-    print("judging on all held-out bytes ...", flush=True)
-    figures = {"model": held_out_bits(model, corpus.held_out, autocast), **text_baselines(corpus)}
+    held_out = judged(corpus.held_out)
+    print(f"judging on {len(held_out):,} of {len(corpus.held_out):,} held-out bytes ...", flush=True)
+    figures = {"model": held_out_bits(model, held_out, autocast, progress=True)}
+    figures |= text_baselines(corpus.train, held_out, progress=True)
     print("\nbits per byte on the same held-out bytes (less is better)\n" + "\n".join(table_of_bits(figures)) + "\n")
 
     prompt, continuation = continue_prompt(model, corpus, seed)
@@ -121,20 +124,14 @@ def fast_dtype() -> torch.dtype | None:
     return torch.bfloat16 if best[torch.bfloat16] < 0.7 * best[torch.float32] else None
 
 
-def fast_threads(model: DFNLanguageModel, text: Tensor, length: int, autocast: torch.dtype | None) -> int:
-    """The number of threads that takes the least time for a step: fewer than there are on a large or a busy machine."""
-    most = torch.get_num_threads()
+def threads_for(model: DFNLanguageModel, text: Tensor, length: int, autocast: torch.dtype | None) -> int:
     batch = next(batches(text, BATCH, length, torch.Generator().manual_seed(0)))
-    times = {}
-    for threads in sorted({n for n in (1, 2, 4, 8, 16) if n < most} | {most}):
-        torch.set_num_threads(threads)
+
+    def make() -> Callable[[], float]:
         trainer = Trainer(copy.deepcopy(model), steps=10, autocast=autocast)
-        trainer.train_step(batch)
-        began = time.perf_counter()
-        for _ in range(4):
-            trainer.train_step(batch)
-        times[threads] = time.perf_counter() - began
-    return min(times, key=times.get)
+        return lambda: trainer.train_step(batch)
+
+    return fast_threads(make)
 
 
 def report(out, corpus, model, history: History, figures, prompt, continuation, minutes, ran_on, kernels) -> None:
@@ -149,7 +146,8 @@ def report(out, corpus, model, history: History, figures, prompt, continuation, 
         f"A language model of {count_parameters(model):,} parameters, trained for {history.seconds[-1]:.0f} s on "
         f"{ran_on}: {history.steps[-1]:,} steps, {history.tokens[-1] / 1e6:.2f}M bytes seen, "
         f"{rate:,.0f} bytes/s.",
-        f"Text: {corpus.summary()}.",
+        f"Text: {corpus.summary()}."
+        + (f" Judged are {JUDGED:,} of them, in 16 stretches." if len(corpus.held_out) > JUDGED else ""),
         "",
         "## Bits per byte on the held-out bytes",
         "",

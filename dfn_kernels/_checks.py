@@ -47,6 +47,17 @@ def is_integer(op: str, name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
 
 
+def are_sizes(owner: str, least: int = 1, most: int = 2**31 - 1, **sizes: object) -> None:
+    """The sizes of a module: integers within these limits."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{owner}: {name} must be an integer, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+        if value > most:
+            raise ValueError(f"{owner}: {name} must be at most {most}, got {value}")
+
+
 def is_number(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")

@@ -49,4 +49,4 @@ class _Overloads:
         return found
 
 
-cpu = _Overloads("dfn_cpu")
+cpu, cuda = _Overloads("dfn_cpu"), _Overloads("dfn_cuda")

@@ -37,6 +37,9 @@ def per_head(value: float, H: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
     Kept for the next call, which saves a launch; one that is made while a CUDA graph is captured belongs to that graph.
     """
+    limit = torch.finfo(dtype).max
+    if limit < abs(value) < float("inf"):  # a number of Python's can be larger than float32 holds
+        value = limit if value > 0 else -limit
     if not _is_plain((like,)):
         return torch.full((H,), value, dtype=dtype, device=like.device)
     key = value, H, dtype, like.device
@@ -79,10 +82,17 @@ class OpFunction(torch.autograd.Function):
         def no_derivative(ctx, *grads):
             raise RuntimeError(f"{name}: the second derivative is not implemented; use_backend('reference') has it")
 
-        # The op's own fallback maps, sample by sample.
+        # Sample by sample, each through the Function: transforms around this one see it.
         def vmap(info, in_dims, *args):
-            out = torch.vmap(op, in_dims, randomness=info.randomness)(*args)
-            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+            if info.batch_size == 0:
+                raise RuntimeError(f"{name}: torch.vmap over no samples is not implemented")
+            samples = [
+                cls.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+                for i in range(info.batch_size)
+            ]
+            if isinstance(samples[0], tuple):
+                return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
+            return torch.stack(samples), 0
 
         cls.forward = staticmethod(lambda *args: launch(*args) if _is_plain(args) else op(*args))
         cls.launch = staticmethod(launch)

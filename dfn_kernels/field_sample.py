@@ -71,7 +71,8 @@ def field_sample(
     device = density.device
     mass = density.flatten(1).double()
     mass = mass.where(mass.isfinite() & (mass > 0), 0)
-    mass = mass.where(mass.sum(1, keepdim=True) > 0, 1)
+    most = mass.detach().amax(1, keepdim=True)  # sums of what is left can neither overflow nor vanish
+    mass = (mass / most.where(most > 0, 1)).where(most > 0, 1)
 
     upper = mass.detach().cumsum(1)  # float64: a float32 prefix sum loses small cells of a large grid
     total = upper[:, -1:]

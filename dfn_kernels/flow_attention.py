@@ -15,7 +15,7 @@ from ._checks import (
     same_device,
 )
 from ._transforms import per_head
-from .flow_drift import Drift, flow_drift
+from .flow_drift import Drift, drift_heads
 from .gather_plan import GatherPlan
 from .gaussian_gather import gather_heads
 from .knn import MOST_NEIGHBORS, Neighbors
@@ -108,13 +108,13 @@ def _check(
 def _drift(states, positions, weight, bias, alpha, query_weight, query_bias) -> tuple[Drift, Tensor | None]:
     """The drift, and where the receiving side stands if that is somewhere else. One pass over the states."""
     if query_weight is None:
-        drift = flow_drift(states, positions, weight, bias, alpha)
+        drift = drift_heads(states, positions, weight, bias, alpha)
         return drift, None if query_bias is None else drift.positions + query_bias[:, None]
     H = weight.shape[0]
     if bias is not None or query_bias is not None:
         nothing = weight.new_zeros(weight.shape[:2])
         bias = torch.cat([nothing if bias is None else bias, nothing if query_bias is None else query_bias])
-    both = flow_drift(
+    both = drift_heads(
         states, torch.cat([positions, positions], 1), torch.cat([weight, query_weight]), bias, torch.cat([alpha, alpha])
     )
     return Drift(*(x[:, :H] for x in both)), both.positions[:, H:]

@@ -1,5 +1,6 @@
 """Drift of entities along their flow. Read from top to bottom: check, schema, fake, backends, autograd, public."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -169,6 +170,17 @@ class FlowDriftFunction(OpFunction):
     backward = staticmethod(_backward)
 
 
+# ---- from [B, ..] on, without checks: what flow_attention calls, too -------------------------------------------------
+def drift_heads(states: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor) -> Drift:
+    """The op on states [B, N, d] and positions [B, H, N, D]; all but the states in the dtype of the result."""
+    if positions.dtype == torch.float64:
+        states = states.double()
+    backend = _backends.choose(OP, states.device.type)
+    if backend == "reference":
+        return Drift(*reference(states, positions, weight, bias, alpha))
+    return Drift(*call(_op, FlowDriftFunction, states, positions, weight, bias, alpha, backend))
+
+
 # ---- public ---------------------------------------------------------------------------------------------------------
 def flow_drift(
     states: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float | Tensor = 0.1
@@ -213,7 +225,7 @@ def flow_drift(
     heads = weight.ndim == 3
     shared = heads and positions.ndim == states.ndim
     H, D = weight.shape[0] if heads else 1, weight.shape[-2]
-    B = lead.numel()
+    B = math.prod(lead)
     positions = positions.to(real)
     if shared or not heads:
         positions = positions.reshape(B, 1, N, D)
@@ -229,15 +241,8 @@ def flow_drift(
         alpha = alpha.to(real).expand(H)
     else:
         alpha = per_head(alpha, H, states, real)
-    if real == torch.float64:
-        states = states.double()
-
-    backend = _backends.choose(OP, device)
-    if backend == "reference":
-        out = reference(states, positions, weight, bias, alpha)
-    else:
-        out = call(_op, FlowDriftFunction, states, positions, weight, bias, alpha, backend)
+    out = drift_heads(states, positions, weight, bias, alpha)
     if heads and len(lead) == 1:
-        return Drift(*out)
+        return out
     shape = (*lead, H, N) if heads else (*lead, N)
     return Drift(out[0].view(*shape, D), out[1].view(*shape, D), out[2].view(shape))

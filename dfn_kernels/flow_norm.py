@@ -1,5 +1,7 @@
 """Normalisation of states by flow energy. Read from top to bottom: check, schema, fake, backends, autograd, public."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -158,7 +160,7 @@ def flow_norm(
     _check(states, energy, eps, mode, lengths, ptr)
     real = compute_dtype(states, energy)
     shape, out_dtype = states.shape, states.dtype
-    B, (N, d) = shape[:-2].numel(), shape[-2:]
+    B, (N, d) = math.prod(shape[:-2]), shape[-2:]
     states = shaped(states, B, N, d)
     if real == torch.float64:
         states = states.double()

@@ -11,8 +11,9 @@ from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor,
 from ._transforms import OpFunction, call
 
 OP = "gather_plan"
-# Rows of values that the cache holds need no order, in bytes.
-CACHE = {"native": 2**19, "triton": 2**25}
+# Rows of values that the cache holds need no order, in bytes: those of a batch and head on a CPU, whose cores serve one
+# after the other; all of them on a GPU.
+CACHE = {"cpu": 2**19, "gpu": 2**25}
 
 
 class GatherPlan(NamedTuple):
@@ -21,15 +22,15 @@ class GatherPlan(NamedTuple):
     indices: Tensor  # as given
     query_order: Tensor | None = None  # int32 [B, H, M]: queries near each other come near each other
     entity_order: Tensor | None = None  # int32 [B, H, N]; H = 1 where the heads share the neighbours
-    starts: Tensor | None = None  # int64 [B, H, N + 1], the transposed lists
-    edges: Tensor | None = None  # [B, H, M, k]
+    starts: Tensor | None = None  # where each entity's list of edges begins, as the backend counts
+    edges: Tensor | None = None  # [B, H, M, k], the transposed lists
     backend: str = "reference"
 
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 @torch.library.custom_op("dfn::spatial_order", mutates_args=())
 def _order_op(points: Tensor, backend: str) -> Tensor:  # [B, H, n, D] -> int32 [B, H, n]
-    return _launcher(backend).spatial_order(points.contiguous())
+    return _launcher(backend, points).spatial_order(points.contiguous())
 
 
 @torch.library.custom_op("dfn::transpose_neighbors", mutates_args=())
@@ -38,8 +39,8 @@ def _lists_op(
     query_order: Tensor,  # [B, H, M]
     entity_order: Tensor,  # [B, H, N]
     backend: str,
-) -> tuple[Tensor, Tensor]:  # starts [B, H, N + 1], edges [B, H, M, k]
-    return _launcher(backend).transpose_neighbors(
+) -> tuple[Tensor, Tensor]:  # starts, edges [B, H, M, k]
+    return _launcher(backend, indices).transpose_neighbors(
         indices.contiguous(), query_order.contiguous(), entity_order.contiguous()
     )
 
@@ -53,20 +54,30 @@ def _(points, backend):
 @_lists_op.register_fake
 def _(indices, query_order, entity_order, backend):
     B, H, M, k = indices.shape
+    N = entity_order.shape[2]
+    if backend == "native" and indices.device.type != "cpu":
+        from .cuda.gaussian_gather import lists_shape
+
+        shape, number = lists_shape(B, H, N, M, k)
+        return indices.new_empty(shape, dtype=number), indices.new_empty(indices.shape, dtype=number)
     narrow = M * k < (2**32 if backend == "native" else 2**30)
     return (
-        indices.new_empty(B, H, entity_order.shape[2] + 1),
+        indices.new_empty(B, H, N + 1),
         indices.new_empty(indices.shape, dtype=torch.int32 if narrow else torch.int64),
     )
 
 
 # ---- backends -------------------------------------------------------------------------------------------------------
-def _launcher(backend: str):
+def _launcher(backend: str, like: Tensor):
     if backend == "triton":
         from .triton import gather_plan
 
         return gather_plan
-    return _native.cpu
+    if like.device.type == "cpu":
+        return _native.cpu
+    from .cuda import gaussian_gather
+
+    return gaussian_gather
 
 
 class _OrderFunction(OpFunction):
@@ -85,10 +96,23 @@ def shared_heads(x: Tensor) -> bool:
 def spatial_order(points: Tensor, indices: Tensor, row_bytes: int, backend: str) -> Tensor | None:
     """An order of the points [B, H, n, D] that keeps rows of `row_bytes` in the cache; None where it does not pay."""
     B, H, n, _ = points.shape
-    if indices.shape[-1] < 2 or n * row_bytes <= CACHE[backend]:
+    together = n * row_bytes <= CACHE["cpu"] if points.device.type == "cpu" else B * H * n * row_bytes <= CACHE["gpu"]
+    if indices.shape[-1] < 2 or together:
         return None
     points = points[:, :1] if shared_heads(indices) else points
     return call(_order_op, _OrderFunction, points.detach(), backend)
+
+
+def fits(op: str, plan: GatherPlan, entities: int) -> None:
+    """A plan that was made for other sizes would be found out in the backward pass only."""
+    if plan.starts is None:
+        return
+    made_for, (M, k) = plan.starts.shape[-1] - 1, plan.edges.shape[-2:]
+    if made_for != entities:
+        raise ValueError(f"{op}: plan was made for N = {made_for} entities, got {entities}")
+    if plan.indices.shape[-2:] != plan.edges.shape[-2:]:
+        want = f"[.., M, k] = [.., {M}, {k}]"
+        raise ValueError(f"{op}: plan was made for indices of shape {want}, got {list(plan.indices.shape)}")
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------

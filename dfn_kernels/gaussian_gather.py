@@ -6,10 +6,10 @@ from torch import Tensor
 from . import _backends, _native
 from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
 from ._transforms import OpFunction, call, per_head
-from .gather_plan import GatherPlan, shared_heads, spatial_order
+from .gather_plan import GatherPlan, fits, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
 
-_backends.register("gaussian_gather")
+_backends.register("gaussian_gather", cuda=True)
 OP = "gaussian_gather"
 WANTED = {"positions": 1, "queries": 2, "values": 4, "sigma": 8, "influence": 16}  # gradients that are asked for
 
@@ -80,7 +80,7 @@ def _op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> Tensor:  # [B, H, M, c]
-    return _launcher(backend).gaussian_gather(
+    return _launcher(backend, values).gaussian_gather(
         *_dense(positions, queries, values, indices, sigma, influence),
         *_dense_or_none(sq_dists, query_order),
         normalize,
@@ -105,7 +105,7 @@ def _backward_op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
-    return _launcher(backend, backward=True).gaussian_gather_backward(
+    return _launcher(backend, values, backward=True).gaussian_gather_backward(
         _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
         *_dense_or_none(sq_dists, query_order, entity_order, starts, edges), normalize, wanted,
     )  # fmt: skip
@@ -134,13 +134,17 @@ def _(grad, positions, queries, values, indices, sigma, influence, normalize, wa
     )
 
 
-# ---- backends: both have the same two functions ---------------------------------------------------------------------
-def _launcher(backend: str, backward: bool = False):
+# ---- backends: all have the same two functions ----------------------------------------------------------------------
+def _launcher(backend: str, like: Tensor, backward: bool = False):
     if backend == "triton":
         from .triton import gaussian_gather, gaussian_gather_backward
 
         return gaussian_gather_backward if backward else gaussian_gather
-    return _native.cpu
+    if like.device.type == "cpu":
+        return _native.cpu
+    from .cuda import gaussian_gather as cuda
+
+    return cuda
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -167,9 +171,63 @@ def _dense_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-# ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+# ---- autograd: shared by the registered ops and the public Function -------------------------------------------------
+MOST_ROWS = 2**24  # numbers in the [m, k, c] of a piece, where the second derivative recomputes
+
+
+def _setup_second(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.normalize, ctx.wanted = inputs[7:9]
+
+
+def _second(ctx, *moves):
+    """The op's second derivative. What the backward pass returns are the gradients of <grad, y>; along `moves`, the
+    gradients to them, they add up to <grad, dy>, where dy is how y moves with its inputs. The reference says how, for
+    pieces of the queries: nothing larger than a piece exists."""
+    grad, positions, queries, values, indices, sigma, influence = ctx.saved_tensors
+    real, (B, H, N, c) = positions.dtype, values.shape
+    if influence is None:
+        influence = positions.new_ones(B, H, N)
+    inputs = positions, queries, values.to(real), sigma, influence
+    moving = [i for i, bit in enumerate(WANTED.values()) if ctx.wanted & bit and moves[i] is not None]
+    if not moving:
+        return (None,) * 15
+    directions = tuple(moves[i].to(real) for i in moving)
+    (M, k), indices = indices.shape[2:], indices.expand(B, H, -1, -1)
+    step = max(1, MOST_ROWS // max(1, B * H * k * max(c, 1)))
+    grads_of_grad, grads = [], [torch.zeros_like(x) for x in inputs]
+    for rows in (slice(m, m + step) for m in range(0, max(M, 1), step)):
+
+        def y(*given: Tensor, rows: slice = rows) -> Tensor:
+            p, q, v, s, w = given
+            return reference(p, q[:, :, rows], v, indices[:, :, rows], s, w, ctx.normalize)
+
+        def dy(*given: Tensor, y=y) -> Tensor:
+            def moved(*some: Tensor) -> Tensor:
+                every = list(given)
+                for i, x in zip(moving, some, strict=True):
+                    every[i] = x
+                return y(*every)
+
+            return torch.func.jvp(moved, tuple(given[i] for i in moving), directions)[1]
+
+        out, pull = torch.func.vjp(dy, *inputs)
+        grads_of_grad.append(out)
+        for i, more in enumerate(pull(grad[:, :, rows].to(real))):
+            grads[i] = grads[i] + more
+    p, q, v, s, w = grads
+    given = torch.cat(grads_of_grad, 2).to(grad.dtype), p, q, v.to(values.dtype), None, s, w
+    given = tuple(x if needed else None for x, needed in zip(given, ctx.needs_input_grad, strict=False))
+    return *given, *(None,) * 8
+
+
+_backward_op.register_autograd(_second, setup_context=_setup_second)
+
+
 class _BackwardFunction(OpFunction):
     op = _backward_op
+    setup_context = staticmethod(_setup_second)
+    backward = staticmethod(_second)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -226,9 +284,13 @@ def gather_heads(
     if backend == "reference":
         return reference(positions, queries, values, plan.indices, sigma, influence, normalize).to(out_dtype)
     reuse = plan[1:5] if plan.backend == backend else (None,) * 4
-    # Once, for the forward and the backward pass; on a GPU only beside a search, which costs more than the sort.
+    # Once, for the forward and the backward pass. Triton's is a sort: only beside a search, which costs more than that.
     if reuse[0] is None and (backend == "native" or sq_dists is not None):
-        reuse = spatial_order(queries, plan.indices, c * values.itemsize, backend), None, None, None
+        row_bytes = c * values.itemsize
+        query_order = spatial_order(queries, plan.indices, row_bytes, backend)
+        later = own or values.device.type == "cpu" or not torch.is_grad_enabled()  # the CPU's backward pass sees to it
+        entity_order = None if later else spatial_order(positions, plan.indices, row_bytes, backend)
+        reuse = query_order, query_order if own else entity_order, None, None
     if sq_dists is not None:
         sq_dists = sq_dists.detach() if sq_dists.dtype == real else None
     indices = plan.indices[:, :1] if shared_heads(plan.indices) else plan.indices
@@ -270,8 +332,8 @@ def gaussian_gather(
         With heads it is stored as ``[B, M, H, c]``, so ``y.transpose(1, 2).flatten(2)`` costs nothing.
 
     Gradients: positions, query_positions, values, influence and sigma, if a tensor. The backward pass walks a
-    transposed neighbour list in fixed order: the same bits in every run. A second derivative raises RuntimeError,
-    except on the reference backend.
+    transposed neighbour list in fixed order: the same bits in every run. Second derivatives recompute by the reference
+    backend, piece by piece: for forces and their like, in some ten times the time of a backward pass.
 
     Raises: ValueError (shapes, range of sigma, devices), TypeError (dtypes), IndexError.
 
@@ -286,6 +348,7 @@ def gaussian_gather(
     plan = indices if isinstance(indices, GatherPlan) else GatherPlan(indices)
     are_flags(OP, normalize=normalize)
     _check(positions, values, plan.indices, sigma, influence, query_positions)
+    fits(OP, plan, values.shape[-2])
     lead = values.ndim - 2
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype != torch.float64:

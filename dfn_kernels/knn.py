@@ -268,7 +268,7 @@ def _search(
     real = compute_dtype(positions, queries)
     *lead, N, D = positions.shape
     M = N if queries is None else queries.shape[-2]
-    B = positions.shape[:-2].numel()
+    B = math.prod(positions.shape[:-2])
     sq_dists, indices = call(
         _op, KnnFunction,
         shaped(positions.to(real), B, N, D),
@@ -296,7 +296,7 @@ class KNNIndex:
         self.positions = positions.to(compute_dtype(positions)).contiguous()
         self.lengths, self.ptr = lengths, None if ptr is None else ptr.contiguous()
         self._grids: dict[str, int] = {}  # backend: the number of the grid it has built
-        B, (N, D) = positions.shape[:-2].numel(), positions.shape[-2:]
+        B, (N, D) = math.prod(positions.shape[:-2]), positions.shape[-2:]
         points = self.positions.detach().view(B, N, D)
         counts = None if lengths is None else lengths.reshape(B).contiguous()
         device = positions.device.type

@@ -35,8 +35,13 @@ class Problem(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compile_library(folder: Path, driver: str, sources: list[Path], operators: bool = False) -> Path:
-    """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`."""
+def compile_library(
+    folder: Path, driver: str, sources: list[Path], operators: bool = False, objects: tuple[str, ...] = ()
+) -> Path:
+    """The driver of this name and the kernels' sources as a shared library; with torch's headers for `operators`.
+
+    Each becomes an object, "<name>.o", beside it; `objects` are some that exist.
+    """
     library, torch_folder = folder / f"{driver}.so", Path(torch.__file__).parent
     compiler = [shutil.which("g++"), "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-fPIC",
                 f"-I{EMULATOR}", f"-I{CSRC}"]  # fmt: skip
@@ -44,14 +49,14 @@ def compile_library(folder: Path, driver: str, sources: list[Path], operators: b
     if operators:
         compiler += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
         link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    objects, running = [], []
+    made, running = list(objects), []
     for source in (EMULATOR / f"{driver}.cpp", *sources):
-        objects.append(str(folder / f"{source.name}.o"))
-        command = [*compiler, "-c", "-x", "c++", str(source), "-o", objects[-1]]
+        made.append(str(folder / f"{source.name}.o"))
+        command = [*compiler, "-c", "-x", "c++", str(source), "-o", made[-1]]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     failed = [said for said, code in ((run.communicate()[1], run.returncode) for run in running) if code]
     assert not failed, "".join(failed)
-    subprocess.run([compiler[0], "-shared", "-o", str(library), *objects, *link], check=True)
+    subprocess.run([compiler[0], "-shared", "-o", str(library), *made, *link], check=True)
     return library
 
 

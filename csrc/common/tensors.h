@@ -8,9 +8,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <initializer_list>
 #include <optional>
 
+#include "common/out_of_memory.h"
 #include "common/problem.h"
 
 namespace dfn {
@@ -60,9 +62,20 @@ inline Rows rows_of(const Tensor& t, const char* name) {
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// What torch says where memory is missing does not come through the stable ABI.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = std::nullopt) {
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {
+    double bytes = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Int ? 4 : dtype == ScalarType::Byte ? 1 : like.element_size();
+    for (int64_t size : shape) bytes *= static_cast<double>(size);
+    throw OutOfMemory(bytes);
+  }
+}
+
 // [B, H, n, c] stored as [B, n, H, c]: what a model reshapes to [B, n, H*c] for free.
 inline Tensor empty_rows(const Tensor& like, int64_t B, int64_t H, int64_t n, int64_t c) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, n, H, c}), 1, 2);
+  return torch::stable::transpose(allocate(like, {B, n, H, c}), 1, 2);
 }
 
 inline int64_t grain_size(int64_t work_per_item) {

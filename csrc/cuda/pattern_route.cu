@@ -11,7 +11,6 @@
 namespace dfn::route {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
 struct Kernel {
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
   g.tile_patterns = data<const int32_t>(tile_patterns);
   g.tile_counts = data<const int32_t>(tile_counts);
 
-  Tensor y = new_empty(g.wide ? weights : left, {g.T, g.N});
+  Tensor y = allocate(g.wide ? weights : left, {g.T, g.N});
   g.y = y.data_ptr();
   if (g.T * g.N == 0) return {y, new_zeros(weights, {g.backward ? 1 : 0, g.T, g.P})};
   const Kernel kernel = kernel_for(g);
@@ -93,9 +92,9 @@ std::tuple<Tensor, Tensor> route_tokens(const Tensor& left, const Tensor& weight
   // Every place is written, but for patterns that a tile's list leaves out, or if there is nothing to sum.
   const bool all_written = !order && g.K > 0;
   const int64_t part_columns = g.backward ? plan.part_columns : 0;
-  Tensor parts = all_written ? new_empty(weights, {part_columns, g.T, g.P}) : new_zeros(weights, {part_columns, g.T, g.P});
+  Tensor parts = all_written ? allocate(weights, {part_columns, g.T, g.P}) : new_zeros(weights, {part_columns, g.T, g.P});
   g.parts = static_cast<float*>(parts.data_ptr());
-  Tensor workspace = new_empty(weights, {plan.splits > 1 ? plan.splits : 0, g.T, g.N});
+  Tensor workspace = allocate(weights, {plan.splits > 1 ? plan.splits : 0, g.T, g.N});
   g.workspace = static_cast<float*>(workspace.data_ptr());
   kernel.run(g, plan);
   return {y, parts};
@@ -111,7 +110,7 @@ Tensor scale_rows_of(const Tensor& rows, const Tensor& weights) {  // [T, E], [T
   STD_TORCH_CHECK(weights.scalar_type() == real_of(g.dtype), "weights: unexpected dtype");
   check_rows(rows, "rows");
   check_rows(weights, "weights");
-  Tensor out = new_empty(rows, {g.T, g.P, g.E});
+  Tensor out = allocate(rows, {g.T, g.P, g.E});
   if (out.numel() == 0) return out;
   g.stream = device.stream();
   g.rows = rows.data_ptr(), g.rows_stride = rows.stride(0);

@@ -22,6 +22,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // Keeps the compiler from computing what follows from x before a loop, in registers that are wanted there.
 __device__ __forceinline__ void keep_here(unsigned& x) { asm volatile("" : "+r"(x)); }
 
+// ---- memory ---------------------------------------------------------------------------------------------------------
+// Read-only for the kernel; volatile, so that what follows waits in the order of the loads.
+__device__ __forceinline__ uint4 load_16_bytes(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+// Both return what was there before.
+__device__ __forceinline__ int32_t add_atomically(int32_t* to, int32_t x) { return atomicAdd(to, x); }
+__device__ __forceinline__ int64_t add_atomically(int64_t* to, int64_t x) {
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x)));
+}
+
 // ---- cp.async: copies Bytes (4, 8 or 16, both sides so aligned), of which those from `valid` on become 0 --------------
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {

@@ -8,6 +8,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 from .field import Field, PointField, TextField
 
 
@@ -71,6 +73,7 @@ class LearnedDensity(nn.Module):
 
     def __init__(self, channels: int, dim: int, hidden: int = 16, width: int = 3):
         super().__init__()
+        are_sizes("LearnedDensity", channels=channels, hidden=hidden, width=width)
         if dim not in (1, 2, 3):
             raise ValueError(f"LearnedDensity: dim must be 1, 2 or 3, got {dim}")
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]

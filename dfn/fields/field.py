@@ -6,7 +6,6 @@ A field is a function from positions in [0, 1]^D to values in R^c, known on a gr
 
 import itertools
 import math
-import wave
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import gaussian_gather, knn
+
+from .files import read_picture, read_sound
 
 
 class Field:
@@ -61,7 +62,8 @@ class Field:
         level = self.values.detach().float().mean(-1)
         flat = level.flatten(1)
         low, high = (x.view(-1, *[1] * self.dim) for x in (flat.amin(1), flat.amax(1)))
-        return ((level - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(max=bins - 1), bins
+        share = (level - low) / (high - low).where(high > low, 1)
+        return (share * bins).long().clamp(0, bins - 1), bins
 
     def patch(self, positions: Tensor, size: int) -> Tensor:
         """The values around ``positions [B, n, D]``, one cell apart: ``[B, n, size^D * c]``, in row-major order."""
@@ -115,14 +117,8 @@ class ImageField(GridField):
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageField":
-        """A picture file (PNG; JPEG and others where Pillow is installed), values in [0, 1], transparency left out."""
-        from matplotlib.image import imread
-
-        pixels = torch.tensor(imread(path))
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        pixels = pixels[..., :3] if pixels.shape[-1] == 4 else pixels
-        return cls((pixels.float() / (1 if pixels.is_floating_point() else 255))[None])
+        """A picture file of any kind that Pillow reads, values in [0, 1], transparency left out."""
+        return cls(read_picture(path)[None])
 
 
 class WaveField(GridField):
@@ -139,20 +135,8 @@ class WaveField(GridField):
     @classmethod
     def load(cls, path: str | Path) -> "WaveField":
         """A WAV file of PCM samples, 8, 16, 24 or 32 bits."""
-        try:
-            with wave.open(str(path), "rb") as file:
-                width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-                raw = file.readframes(file.getnframes())
-        except (wave.Error, EOFError) as error:
-            raise ValueError(f"WaveField: path must be a WAV file of PCM samples, got {path}: {error}") from error
-        data = torch.frombuffer(bytearray(raw[: len(raw) // (width * channels) * width * channels]), dtype=torch.uint8)
-        parts = data.view(-1, width).double()
-        if width == 1:  # unsigned, unlike the others
-            level = (parts[:, 0] - 128) / 128
-        else:
-            value = (parts * 256.0 ** torch.arange(width)).sum(1)
-            level = (value - 256.0**width * (value >= 256.0**width / 2)) / (256.0**width / 2)
-        return cls(level.float().view(1, -1, channels), rate)
+        samples, rate = read_sound(path)
+        return cls(samples[None], rate)
 
 
 class SpectrogramField(GridField):
@@ -169,7 +153,8 @@ class SpectrogramField(GridField):
             raise ValueError(f"SpectrogramField: window must be at most the {samples.shape[1]} samples, got {window}")
         shape = torch.hann_window(window, device=samples.device, dtype=samples.dtype)
         spectrum = torch.stft(samples, window, hop, window=shape, return_complex=True).abs()  # [B, F, T]
-        peak = spectrum.flatten(1).amax(1).clamp(min=1e-12)[:, None, None]
+        peak = spectrum.flatten(1).amax(1)[:, None, None]
+        peak = peak.where(peak > 0, 1)
         level = 20 * (spectrum / peak).clamp(min=10 ** (-decibels / 20)).log10() / decibels + 1
         return cls(level.transpose(1, 2)[..., None])
 
@@ -239,7 +224,8 @@ class PointField(Field):
         if len(self.grid) != D:
             raise ValueError(f"PointField: grid must have {D} axes, as the points, got {list(self.grid)}")
         low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
-        scale = (high - low).amax(2, keepdim=True).clamp(min=1e-12)
+        scale = (high - low).amax(2, keepdim=True)
+        scale = scale.where(scale > 0, 1)
         self.points, self.at_points, self.k = (points - low) / scale, values, k
 
     @property

@@ -155,15 +155,18 @@ def _draw_distinct(density: Tensor, n: int, generator: torch.Generator | None) -
     """Systematic sampling: a cell's chance is n times its share, at most 1, and one random number moves all levels."""
     B, *grid = density.shape
     order = _curve(tuple(grid), str(density.device))
-    mass = density.detach().flatten(1)[:, order].double()
+    share = density.flatten(1).double()
+    share = share / share.detach().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    # n cells must have mass, whatever the density
+    share = share + share.detach().mean(1, keepdim=True) * 1e-9 + 1e-30
+    mass = share.detach()[:, order]
     cells = mass.shape[1]
-    mass = mass + mass.mean(1, keepdim=True) * 1e-9 + 1e-30  # n cells must have mass, whatever the density
     chance = torch.zeros_like(mass)
     free = torch.ones_like(mass, dtype=torch.bool)
     for _ in range(64):  # at most so many rounds, each of which fixes the cells that would overflow
         left = n - (~free).sum(1, keepdim=True)
-        share = left * mass / (mass * free).sum(1, keepdim=True).clamp(min=1e-300)
-        chance = torch.where(free, share, 1.0)
+        part = left * mass / (mass * free).sum(1, keepdim=True).clamp(min=1e-300)
+        chance = torch.where(free, part, 1.0)
         over = free & (chance >= 1)
         if not over.any():
             break
@@ -178,8 +181,7 @@ def _draw_distinct(density: Tensor, n: int, generator: torch.Generator | None) -
     cell = (cell - torch.arange(n, device=cell.device)).cummax(1).values + torch.arange(n, device=cell.device)
     last = cells - n + torch.arange(n, device=cell.device)
     cell = order[cell.minimum(last)]
-    picked = density.flatten(1).gather(1, cell)
-    influence = 1 / picked.clamp(min=torch.finfo(picked.dtype).tiny ** 0.5)
+    influence = 1 / share.gather(1, cell)
     positions = (_unravel(cell, grid) + 0.5) / torch.tensor(grid, device=density.device)
     return positions.to(torch.float32), (influence / influence.mean(1, keepdim=True)).float()
 

@@ -11,8 +11,8 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..training.progress import progress_bar
 from .layers import FlowLayer
 from .model import PRESETS, FlowNetwork
 from .training import create_dummy_data, token_loss, train_flow_network
@@ -210,7 +210,7 @@ def benchmark_flow_network(
     arguments = {**(PRESETS[preset] if preset else given), "max_seq_len": max(seq_len, *lengths)}
     kinds = ("flow_network", "naive", "transformer")
     results: dict[str, object] = {"batch_size": batch_size, "seq_len": seq_len, "page": dict(PAGE)}
-    with tqdm(total=2 + len(kinds) + len(lengths), disable=not progress, leave=False) as bar:
+    with progress_bar(total=2 + len(kinds) + len(lengths), on=progress) as bar:
 
         def begin(part: str) -> None:
             bar.set_description(part)

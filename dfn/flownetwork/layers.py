@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dfn_kernels import BlockDensity, low_rank_route, pattern_route
+from dfn_kernels._checks import are_sizes
 from dfn_kernels.pattern_route import route as route_some_blocks
 
+from ..models.linears import is_torchao
 from ..training.losses import wide
 from .metrics import FlowMetrics
 from .quantized import quantized_router
@@ -33,6 +35,12 @@ class AdaptiveFlowRouter(nn.Module):
         top_k: int | None = None, density: float | None = None, block_density: float | None = None,
     ):  # fmt: skip
         super().__init__()
+        are_sizes("AdaptiveFlowRouter", input_dim=input_dim, output_dim=output_dim, num_patterns=num_patterns)
+        are_sizes("AdaptiveFlowRouter", **({} if rank is None else {"rank": rank}))
+        are_sizes("AdaptiveFlowRouter", most=num_patterns, **({} if top_k is None else {"top_k": top_k}))
+        for name, share in (("density", density), ("block_density", block_density)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"AdaptiveFlowRouter: {name} must be above 0 and at most 1, got {share}")
         if rank is not None and not (top_k is None and density is None and block_density is None):
             raise ValueError("AdaptiveFlowRouter: top_k and density need full-rank patterns, got rank as well")
         if density is not None and block_density is not None:
@@ -62,8 +70,20 @@ class AdaptiveFlowRouter(nn.Module):
             nn.init.normal_(self.down.weight, std=1 / math.sqrt(self.input_dim))
             nn.init.normal_(self.up.weight, std=math.sqrt(self.num_patterns / self.rank))
 
+    def _look(self) -> None:
+        """torchao leaves no trace but the weights themselves: whoever uses them first looks at what they are."""
+        if self.int8 is None and is_torchao((self.bank if self.rank is None else self.down).weight):
+            self._repack()
+
+    def _repack(self) -> None:
+        self.int8 = quantized_router(self)
+        if self.int8 is not None:
+            for name in ("pattern_selector", "bank", "down", "up"):
+                self._modules.pop(name, None)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """up ``[P, O, r]`` and down ``[P, r, I]`` of low-rank patterns, views of the parameters."""
+        self._look()
         if self.int8 is not None:
             return self.int8.factors()
         up = self.up.weight.view(self.output_dim, self.num_patterns, self.rank).transpose(0, 1)
@@ -72,6 +92,7 @@ class AdaptiveFlowRouter(nn.Module):
     @property
     def patterns(self) -> Tensor:
         """``[P, O, I]``: a view of the parameters; multiplied out for low-rank patterns."""
+        self._look()
         if self.rank is not None:
             up, down = self.factors()
             return up @ down
@@ -92,6 +113,7 @@ class AdaptiveFlowRouter(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """``[.., I] -> [.., P]``, in float32 under autocast and for half precision, in float64 for float64."""
+        self._look()
         return self.int8(x)[1] if self.int8 is not None else wide(self.pattern_selector(x)).softmax(-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, FlowMetrics]:
@@ -100,6 +122,7 @@ class AdaptiveFlowRouter(nn.Module):
         return torch.einsum("...p,poi->...oi", w.to(patterns.dtype), patterns), FlowMetrics.of(w)
 
     def route(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, FlowMetrics]:
+        self._look()
         if self.int8 is not None:
             if self.density is not None:
                 raise RuntimeError("AdaptiveFlowRouter: density is not available with quantised patterns")
@@ -141,10 +164,7 @@ class AdaptiveFlowRouter(nn.Module):
     def qconfig(self) -> None:
         del self.__dict__["_qconfig"]
         if self.int8 is None:
-            self.int8 = quantized_router(self)
-        if self.int8 is not None:
-            for name in ("pattern_selector", "bank", "down", "up"):
-                self._modules.pop(name, None)
+            self._repack()
 
     def extra_repr(self) -> str:
         options = {"rank": self.rank, "top_k": self.top_k, "density": self.density}

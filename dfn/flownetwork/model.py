@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 from ..models.layers import FlowMixer
 from ..training.losses import language_modelling
 from .layers import AdaptiveFlowRouter, FlowLayer
@@ -58,6 +60,8 @@ class FlowNetwork(nn.Module):
         super().__init__()
         if mixer not in ("none", "flow_attention"):
             raise ValueError(f"FlowNetwork: mixer must be 'none' or 'flow_attention', got {mixer!r}")
+        are_sizes("FlowNetwork", vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+        are_sizes("FlowNetwork", num_patterns=num_patterns, max_seq_len=max_seq_len)
         if d_model % 2:
             raise ValueError(f"FlowNetwork: d_model must be even, got {d_model}")
         sparse = dict(rank=rank, top_k=top_k, density=density, block_density=block_density)

@@ -1,4 +1,4 @@
-"""What torch's quantize_dynamic makes of a FlowNetwork's routers: int8 patterns for our kernels."""
+"""What torch's or torchao's quantisation makes of a FlowNetwork's routers: int8 patterns for our kernels."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from dfn_kernels.pattern_route import largest, spread_blocks
 from dfn_kernels.quantized_low_rank import QuantizedLowRank
 from dfn_kernels.quantized_route import QuantizedPatterns, int8_rows
+
+from ..models.linears import dense, int8, is_quantised
 
 
 class QuantizedFullRank(nn.Module):
@@ -36,10 +38,10 @@ def _only_largest(w: Tensor, k: int) -> Tensor:
 def quantized_router(router: nn.Module) -> nn.Module | None:
     """From a router whose pattern layers torch has quantised: the module that takes their place; else None."""
     layers = [router.bank] if router.rank is None else [router.down, router.up]
-    if all(type(layer) is nn.Linear for layer in layers):
+    if not any(is_quantised(layer) for layer in layers):
         return None
     selector, *parts = (_int8(layer) for layer in (router.pattern_selector, *layers))
-    bias = _bias(router.pattern_selector)
+    bias = dense(router.pattern_selector)[1]
     if router.rank is not None:
         return QuantizedLowRank(selector, bias, *parts)
     values, scales = parts[0]
@@ -48,19 +50,7 @@ def quantized_router(router: nn.Module) -> nn.Module | None:
     return QuantizedFullRank(selector, bias, (values, scales), router.top_k)
 
 
-def _bias(linear: nn.Module) -> Tensor:
-    return linear.bias if type(linear) is nn.Linear else linear.bias()
-
-
 def _int8(linear: nn.Module) -> tuple[Tensor, Tensor]:
     """int8 values ``[out, in]`` and the float32 scales of their rows."""
-    if type(linear) is nn.Linear:  # left out by the caller's choice of layers
-        return int8_rows(linear.weight.detach())
-    weight = linear.weight()
-    if weight.dtype != torch.qint8:
-        raise TypeError(f"AdaptiveFlowRouter: quantised patterns must be qint8, got {weight.dtype}")
-    if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        scales = weight.q_per_channel_scales().float()
-    else:
-        scales = torch.full((weight.shape[0],), weight.q_scale())
-    return weight.int_repr().contiguous(), scales
+    found = int8(linear)  # None: left out by the caller's choice of layers, or not by rows
+    return int8_rows(dense(linear)[0].detach()) if found is None else found

@@ -5,9 +5,9 @@ import time
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..training.losses import language_modelling
+from ..training.progress import progress_bar
 
 REFRESH = 20  # batches between two choices of the blocks
 
@@ -65,7 +65,7 @@ def train_flow_network(
     model.train()
     for epoch in range(num_epochs):
         losses, entropies, tokens, start = [], [], 0, time.perf_counter()
-        with tqdm(train_data, desc=f"epoch {epoch + 1}/{num_epochs}", disable=not progress, leave=False) as bar:
+        with progress_bar(train_data, progress, desc=f"epoch {epoch + 1}/{num_epochs}") as bar:
             for batch, (ids, targets) in enumerate(bar):
                 number, total = epoch * len(train_data) + batch, num_epochs * len(train_data)
                 if final_density is not None and (not blocks or number % REFRESH == 0 or number == total - 1):

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dfn_kernels import StreamingKNN, knn
+from dfn_kernels.reference.gaussian_gather import WIDTHS
 
 from .layers import DFNBlock, DynamicFlowAttention, EntityPositions
+from .linears import dense
 from .memory import MemoryState
 
 ROWS = 1 << 16  # of a prompt that pass through an MLP at a time: its activations are the largest there are
@@ -88,14 +90,15 @@ class Seen:
     def __init__(self, attention: DynamicFlowAttention, search: Stream | Scan, values: Tensor, energy: Tensor):
         self.search, self.values, self.energy = search, values, energy  # [S, capacity, c]; float64 [B]
         sigma = attention.log_sigma.exp()
-        self.width = 2 * sigma.to(torch.promote_types(sigma.dtype, torch.float32)).square()  # [H]
+        sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+        self.scale = -0.5 / sigma.clamp(*WIDTHS[sigma.dtype]).square()[:, None]  # [H, 1]
         self.extra: tuple[Tensor, Tensor, Tensor] | None = None
 
     def remember(self, attention: DynamicFlowAttention, memory: MemoryState) -> None:
         """The memory's entities are read along: positions ``[S, M, D]``, values, logarithms of the influence."""
         entities = attention.entities(memory)
         points, values, influence = (entities[f"extra_{name}"] for name in ("positions", "values", "influence"))
-        influence = influence.flatten(0, 1).to(self.width.dtype)
+        influence = influence.flatten(0, 1).to(self.scale.dtype)
         self.extra = points.flatten(0, 1).contiguous(), values.flatten(0, 1), influence.log()
 
     def read(self, point: Tensor, query: Tensor, value: Tensor, count: Tensor) -> Tensor:
@@ -111,8 +114,8 @@ class Seen:
             values = rows_of(torch.cat([values, rows_of(held, more.indices[:, 0])], 1), order)
             known = log_influence.gather(1, more.indices[:, 0].clamp(min=0))
             weights = torch.cat([torch.zeros_like(indices, dtype=known.dtype), known], 1).gather(1, order)
-        heads = len(self.width)
-        logits = -(sq_dists.view(-1, heads, sq_dists.shape[1]) / self.width[:, None]).flatten(0, 1)
+        squares = (sq_dists - sq_dists[:, :1]).view(-1, len(self.scale), sq_dists.shape[1])  # the nearest is first
+        logits = (squares * self.scale).flatten(0, 1)
         if weights is not None:
             logits = logits + weights
         return (logits.softmax(1)[:, None].to(values.dtype) @ values)[:, 0]
@@ -199,7 +202,7 @@ class Decoder:
         for block, seen in zip(self.model.blocks, self.seen, strict=True):
             a, s = block.attention, block.norm(states)
             real = positions.dtype
-            flow = linear(s.to(real), a.flow.weight.to(real), a.flow.bias.to(real)).view_as(positions)
+            flow = linear(s.to(real), *(x.to(real) for x in dense(a.flow))).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
             value = a.value(s).view(-1, self.seen[0].values.shape[2])
             y = seen.read(positions.flatten(0, 1), (positions + a.offset).flatten(0, 1), value, self.count)

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 from ..fields.field import Field, TextField
 from ..fields.sampler import Entities, UniformSampler
 from ..training.losses import MeanStateHead, contrastive, field_reconstruction, mean_state
-from .layers import DFNBlock, recommended_heads
+from .layers import DFNBlock, check_shape, recommended_heads
 
 
 class FieldPositions(nn.Module):
@@ -32,7 +34,7 @@ class FieldPositions(nn.Module):
         B, N, D = positions.shape
         if D > self.pos_dim:
             raise ValueError(f"FieldPositions: positions must have at most {self.pos_dim} coordinates, got {D}")
-        places = self.place(states.to(self.place.weight.dtype)).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
+        places = self.place(states.to(self.log_scale.dtype)).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
         space = nn.functional.pad(positions.to(places.dtype), (0, self.pos_dim - D))
         space = self.log_scale.exp().view(-1, 1, 1) * space[:, None]
         moved = places[:, self.semantic :] + space
@@ -58,6 +60,8 @@ class DFNFieldModel(nn.Module):
         super().__init__()
         if not channels:
             raise ValueError("DFNFieldModel: channels must name at least one kind of field, got {}")
+        are_sizes("DFNFieldModel", **{f"channels of {kind!r}": c for kind, c in channels.items()}, layers=layers)
+        check_shape("DFNFieldModel", dim, heads, pos_dim, k)
         self.dim, self.pos_dim, self.channels = dim, pos_dim, dict(channels)
         self.embed = nn.ModuleDict({kind: nn.Linear(c, dim) for kind, c in channels.items()})
         self.where = nn.ModuleDict({kind: nn.Linear(2 * pos_dim, dim, bias=False) for kind in channels})

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 from ..training.losses import wide
+from ..training.progress import shown
 from .decoding import Decoder
-from .layers import DFNBlock, EntityPositions
+from .layers import DFNBlock, EntityPositions, check_shape
 from .memory import MemoryState, PersistentFieldMemory
 
 
@@ -40,9 +43,9 @@ class DFNLanguageModel(nn.Module):
     def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 3,
                  k: int = 16, *, memory_size: int = 0, block_options: dict[str, Any] | None = None):  # fmt: skip
         super().__init__()
-        for name, value, least in (("layers", layers, 1), ("memory_size", memory_size, 0)):
-            if value < least:
-                raise ValueError(f"DFNLanguageModel: {name} must be at least {least}, got {value}")
+        are_sizes("DFNLanguageModel", vocab_size=vocab_size, layers=layers)
+        are_sizes("DFNLanguageModel", least=0, memory_size=memory_size)
+        check_shape("DFNLanguageModel", dim, heads, pos_dim, k)
         options = dict(block_options or {})
         self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
                            memory_size=memory_size, block_options=options)  # fmt: skip
@@ -75,7 +78,7 @@ class DFNLanguageModel(nn.Module):
     def _written(self, memory: MemoryState | None, states: Tensor, positions: Tensor) -> MemoryState:
         """The memory after a segment: what the last block was given, ``[B, N, d]``, and where it drifted to."""
         H, N, D = positions.shape[1:]
-        memory = self.memory.initial_state(len(states), states.device) if memory is None else memory
+        memory = self.memory.initial_state(states.shape[0], states.device) if memory is None else memory
         written = positions.transpose(1, 2).flatten(2).detach()
         memory = self.memory.write(memory.detach(), written, self.blocks[-1].norm(states).detach())
         back = torch.zeros(H, D, device=states.device)
@@ -93,13 +96,13 @@ class DFNLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None, memory: MemoryState | None = None,
+        generator: torch.Generator | None = None, memory: MemoryState | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
         """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``.
 
         Tokens are drawn from ``softmax(logits / temperature)``, restricted to the ``top_k`` likeliest if given;
         temperature 0 takes the likeliest. The prompt costs one pass, every token one entity's arithmetic (`Decoder`).
-        Prompt and continuation are one segment: ``memory`` is read, and written by nobody.
+        Prompt and continuation are one segment: ``memory`` is read, and written by nobody. ``progress`` shows a bar.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"generate: ids must have shape [B, N] with N > 0, got {list(ids.shape)}")
@@ -110,20 +113,28 @@ class DFNLanguageModel(nn.Module):
         B, N = ids.shape
         out = torch.cat([ids, ids.new_empty(B, max_new_tokens)], 1)
         decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
-        for end in range(N, N + max_new_tokens):
+        for end in shown(range(N, N + max_new_tokens), "generating", progress):
             logits = decoder(out[:, end - 1 : end] if end > N else ids)
             out[:, end] = sample(wide(logits), temperature, top_k, generator)
         return out
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row of ``logits [B, V]``: int64 ``[B]``."""
+    """One token per row of ``logits [B, V]``: int64 ``[B]``. Of equal logits the lower token is the likelier one.
+
+    Any temperature from 0, the likeliest token, to infinity, where all that have a chance have the same.
+    """
     if temperature == 0:
         return logits.argmax(-1)
+    ids = None
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+        logits, ids = logits[:, :top_k], ids[:, :top_k]
+    logits = logits.double()
+    below = logits.amax(-1, keepdim=True) - logits  # a quotient of 0 stays 0, whatever the temperature
+    scaled = (-below / temperature).masked_fill(logits == -torch.inf, -torch.inf)
+    chosen = torch.multinomial(scaled.softmax(-1), 1, generator=generator)
+    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
 
 
 ABLATIONS = {

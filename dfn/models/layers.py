@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dfn_kernels import Drift, flow_attention, flow_norm
+from dfn_kernels._checks import are_sizes
 from dfn_kernels.packed import place_in_set
 
+from .linears import dense
 from .memory import MemoryState
+
+MOST_NEIGHBORS = 1024  # that `knn` finds
+
+
+def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: str = "dim") -> None:
+    """The sizes that every block has. Raises ValueError and TypeError, by name."""
+    are_sizes(owner, **{name: dim}, heads=heads, pos_dim=pos_dim)
+    are_sizes(owner, most=MOST_NEIGHBORS, k=k)
+    if dim % heads:
+        raise ValueError(f"{owner}: {name} must be a multiple of heads, got {dim} and {heads}")
 
 
 class FlowNorm(nn.Module):
@@ -63,8 +75,12 @@ class DFNLayer(nn.Module):
     def __init__(self, dim: int, k: int = 16, alpha: float = 0.1, *, pos_dim: int | None = None, sigma: float = 1.0,
                  causal: bool = False):  # fmt: skip
         super().__init__()
+        are_sizes("DFNLayer", dim=dim, pos_dim=dim if pos_dim is None else pos_dim)
+        are_sizes("DFNLayer", most=MOST_NEIGHBORS, k=k)
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"DFNLayer: sigma must be positive and finite, got {sigma}")
         self.k, self.alpha, self.sigma, self.causal = k, alpha, sigma, causal
-        self.flow = nn.Linear(dim, pos_dim or dim, bias=False)
+        self.flow = nn.Linear(dim, dim if pos_dim is None else pos_dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.norm = FlowNorm(1e-6, "causal" if causal else "mean")
@@ -73,7 +89,7 @@ class DFNLayer(nn.Module):
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         context, drift, _ = flow_attention(
-            states, positions, self.flow.weight, self.value(states), self.sigma, self.k,
+            states, positions, dense(self.flow)[0], self.value(states), self.sigma, self.k,
             alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
         )  # fmt: skip
         states = self.mlp(torch.cat([states, context.to(states.dtype)], -1))
@@ -122,6 +138,7 @@ class EntityPositions(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05):
         super().__init__()
+        are_sizes("EntityPositions", dim=dim, heads=heads, pos_dim=pos_dim)
         self.heads, self.pos_dim = heads, pos_dim
         scales = torch.tensor(recommended_heads(heads).time_scale)
         self.semantic = int((scales == 0).sum())  # the semantic heads come first
@@ -134,8 +151,9 @@ class EntityPositions(nn.Module):
         """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``."""
         B, N, _ = states.shape
         with torch.autocast(states.device.type, enabled=False):  # positions keep full precision
-            real = torch.promote_types(self.place.weight.dtype, torch.float32)
-            places = linear(states.to(real), self.place.weight.to(real), self.place.bias.to(real))
+            weight, bias = dense(self.place)
+            real = torch.promote_types(weight.dtype, torch.float32)
+            places = linear(states.to(real), weight.to(real), bias.to(real))
         places = places.view(B, N, self.heads, self.pos_dim).transpose(1, 2)
         number = torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N)
         time = self.log_scale.to(real).exp()[:, None] * (start + number)
@@ -162,8 +180,7 @@ class DynamicFlowAttention(nn.Module):
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
                  flow: bool = True, receiver_drift: bool = True):  # fmt: skip
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"DynamicFlowAttention: dim must be a multiple of heads, got {dim} and {heads}")
+        check_shape("DynamicFlowAttention", dim, heads, pos_dim, k)
         self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
         start = recommended_heads(heads)
         self.flow = nn.Linear(dim, heads * pos_dim)
@@ -180,9 +197,10 @@ class DynamicFlowAttention(nn.Module):
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
+        weight, bias = dense(self.flow)
         context, drift, _ = flow_attention(
-            states, positions, self.flow.weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
-            self.k, flow_bias=self.flow.bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
+            states, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
+            self.k, flow_bias=bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
             influence=influence, causal=self.causal, lengths=lengths, normalize=True, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
@@ -195,7 +213,7 @@ class DynamicFlowAttention(nn.Module):
         """A memory as the extra entities of `flow_attention`."""
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states.to(self.value.weight.dtype))),
+            extra_values=self.split(self.value(memory.states.to(self.alpha.dtype))),
             extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
         )
 
@@ -229,6 +247,7 @@ class DFNBlock(nn.Module):
                  norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True,
                  flow_norm: bool = True):  # fmt: skip
         super().__init__()
+        check_shape("DFNBlock", dim, heads, pos_dim, k)
         self.norm = nn.LayerNorm(dim)
         self.attention = DynamicFlowAttention(
             dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift
@@ -262,15 +281,63 @@ class FlowMixer(nn.Module):
     ``key_padding_mask``: bool ``[B, N]``, True = padding, anywhere in the sequence; it is read by nobody, does not
     count as time, and its outputs are 0. ``ptr``, int64 ``[S + 1]``, instead of it: the offsets of S sequences packed
     along N, ascending from 0 to N. Each comes out as it would alone; time begins again with each.
+
+    It has the attributes and the call of `nn.MultiheadAttention` with ``batch_first=True``, so that it can be the
+    ``self_attn`` of an `nn.TransformerEncoderLayer`, ::
+
+        layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
+        layer.self_attn = FlowMixer(64, 4, causal=False)
+        encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    and then, called with key and value, which must be the query, returns ``(y, None)``. Whether it is causal is said
+    when it is made; ``attn_mask`` may say the same, and nothing else.
     """
+
+    batch_first, dropout, in_proj_bias, _qkv_same_embed_dim = True, 0.0, None, True  # asked for by those modules
 
     def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3):
         super().__init__()
+        check_shape("FlowMixer", d_model, heads, pos_dim, k, "d_model")
+        self.embed_dim, self.num_heads = d_model, heads
         self.positions = EntityPositions(d_model, heads, pos_dim)
         self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, ptr: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None, need_weights: bool = False, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False, *, ptr: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, None]:  # fmt: skip
+        """``(x, key_padding_mask=None, ptr=None)``, or the arguments of `nn.MultiheadAttention`."""
+        self._check_mask(attn_mask, is_causal, query.shape[1])
+        if value is None:
+            return self._mix(query, key_padding_mask if key is None else key, ptr)
+        if key is not query or value is not query:
+            raise ValueError("FlowMixer: key and value must be the query, as in self-attention, got other tensors")
+        if need_weights:
+            raise ValueError("FlowMixer: need_weights must be False: there is no matrix of weights, got True")
+        if (
+            key_padding_mask is not None and key_padding_mask.is_floating_point()
+        ):  # what nn.TransformerEncoder makes of it
+            key_padding_mask = key_padding_mask == -torch.inf
+        return self._mix(query, key_padding_mask, ptr), None
+
+    def _check_mask(self, attn_mask: Tensor | None, is_causal: bool, N: int) -> None:
+        if attn_mask is None and not is_causal:
+            return
+        if not self.attention.causal:
+            raise ValueError(
+                "FlowMixer: attn_mask must be None with causal=False; for a causal mask, make it with causal=True"
+            )
+        if attn_mask is None or is_causal or torch.compiler.is_compiling():
+            return
+        later = torch.ones(N, N, dtype=torch.bool, device=attn_mask.device).triu(1)
+        barred = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+        plain = barred if attn_mask.dtype == torch.bool else attn_mask != 0
+        if not (barred.shape == later.shape and barred.equal(later) and plain.equal(later)):
+            raise ValueError(f"FlowMixer: attn_mask must be causal, [N, N] with N = {N}, got {list(attn_mask.shape)}")
+
+    def _mix(self, x: Tensor, key_padding_mask: Tensor | None, ptr: Tensor | None) -> Tensor:
         if key_padding_mask is None:
             return self.out(self.attention(x, self.positions(x, ptr=ptr), ptr=ptr)[0])
         if ptr is not None:

@@ -82,7 +82,7 @@ class PersistentFieldMemory(nn.Module):
         B, n = positions.shape[0], positions.shape[1] if positions.ndim > 1 else 0
         if influence is None:
             influence = states.new_ones(states.shape[:2])
-        self._check("positions", positions, (len(state.positions), n, self.pos_dim))
+        self._check("positions", positions, (state.positions.shape[0], n, self.pos_dim))
         self._check("states", states, (B, n, self.dim))
         self._check("influence", influence, (B, n))
         for name, x, like in zip(MemoryState._fields, state, (self.pos_dim, self.dim, None), strict=True):
@@ -95,7 +95,8 @@ class PersistentFieldMemory(nn.Module):
         with torch.no_grad():
             root = self._roots(p.detach())
         total = torch.zeros_like(w).scatter_add(1, root, w)
-        share = w / total.gather(1, root).clamp(min=1e-30)
+        whole = total.gather(1, root)
+        share = w / whole.where(whole > 0, 1)
         p = torch.zeros_like(p).scatter_add(1, root[..., None].expand_as(p), share[..., None] * p)
         s = torch.zeros_like(s).scatter_add(1, root[..., None].expand_as(s), share.to(s.dtype)[..., None] * s)
         p = p.masked_fill((total <= 0)[..., None], FAR)
@@ -113,7 +114,8 @@ class PersistentFieldMemory(nn.Module):
         index, sq_dist = near.indices[..., 0], near.sq_dists[..., 0]
         own = torch.arange(p.shape[1], device=p.device).expand_as(index)
         root = torch.where((index >= 0) & (sq_dist <= self.merge_radius**2), index, own)
-        for _ in range(max(1, p.shape[1]).bit_length()):  # each round doubles the length of the chain that is known
+        n = p.shape[1]  # each round doubles the length of the chain that is known; exported, it may be any
+        for _ in range(max(1, n).bit_length() if isinstance(n, int) else 31):
             root = root.gather(1, root)
         return root
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..fields.sampler import reconstruct
-from ..runs.bits import text_baselines
+from ..runs.bits import judged, text_baselines
 from ..runs.digits import sample_digits
 from ..runs.run import Run
 from ..studies.ablation import load
@@ -26,7 +26,7 @@ def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
     paths = [folder / "loss_curve.png"]
     lines = {}
     if run.options.kind == "text":
-        lines = text_baselines(run.task.corpus)
+        lines = text_baselines(run.task.corpus.train, judged(run.task.corpus.held_out), progress=True)
         paths.append(folder / "drift.png")
         drift(run.model, run.task.corpus.held_out[:4096], paths[-1])
     loss_curve(run.history, {n: lines[n] for n in ("bigram", "gzip") if n in lines}, paths[0], unit=run.task.unit)

@@ -1,7 +1,7 @@
 """What `dfn train KIND` does: options, tasks and the data of each kind, a run in its folder, and how it is judged."""
 
 from .options import KINDS, Options, UsageError
-from .run import Run, cpu_name, default_device, machine, processes, train
+from .run import Run, cpu_name, default_device, machine, options_like, processes, train
 from .tasks import Task
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "cpu_name",
     "default_device",
     "machine",
+    "options_like",
     "processes",
     "train",
 ]

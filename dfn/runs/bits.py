@@ -4,18 +4,31 @@ import torch
 from torch import Tensor
 
 from ..models.language import DFNLanguageModel
+from ..training.progress import shown
 from ..training.text import Corpus, bigram_bits_per_byte, bits, compressed_bits_per_byte, segments
 
 CONTEXT, STRIDE = 256, 128
+JUDGED = 2**19  # of the held-out bytes; a minute for the default model
+
+
+def judged(held_out: Tensor, most: int = JUDGED, stretches: int = 16) -> Tensor:
+    """The held-out bytes; of more than ``most`` so many, in equal stretches from the first to the last."""
+    if len(held_out) <= most:
+        return held_out
+    n = most // stretches
+    starts = torch.linspace(0, len(held_out) - n, stretches, dtype=torch.float64).long().tolist()
+    return torch.cat([held_out[start : start + n] for start in starts])
 
 
 @torch.no_grad()
-def held_out_bits(model: DFNLanguageModel, held_out: Tensor, autocast: torch.dtype | None = None) -> float:
+def held_out_bits(
+    model: DFNLanguageModel, held_out: Tensor, autocast: torch.dtype | None = None, progress: bool = False
+) -> float:
     """Bits per byte. Every byte is predicted once from those before it; the first one of all counts as 8 bits."""
     nats, group = 0.0, []
     device = next(model.parameters()).device
     windows = list(segments(held_out, min(CONTEXT, len(held_out) - 1), min(STRIDE, len(held_out) - 1)))
-    for n, window in enumerate(windows):
+    for n, window in enumerate(shown(windows, "judging", progress)):
         group.append(window)
         if len(group) < 16 and n + 1 < len(windows):
             continue
@@ -30,7 +43,9 @@ def held_out_bits(model: DFNLanguageModel, held_out: Tensor, autocast: torch.dty
 
 
 @torch.no_grad()
-def streamed_bits(model: DFNLanguageModel, held_out: Tensor, length: int, streams: int = 16) -> float:
+def streamed_bits(
+    model: DFNLanguageModel, held_out: Tensor, length: int, streams: int = 16, progress: bool = False
+) -> float:
     """Bits per byte of ``streams`` equal parts of the text, each read in pieces of ``length``, one after the other.
 
     A byte is predicted from those before it in its piece and, if the model has one, from the memory of earlier pieces.
@@ -39,7 +54,7 @@ def streamed_bits(model: DFNLanguageModel, held_out: Tensor, length: int, stream
     n = (len(held_out) - 1) // streams
     parts = torch.stack([held_out[i * n : (i + 1) * n + 1] for i in range(streams)]).long().to(device)
     nats, memory = 0.0, None
-    for start in range(0, n, length):
+    for start in shown(range(0, n, length), "judging", progress):
         piece = parts[:, start : start + length + 1]
         logits, memory = model(piece[:, :-1], memory)
         logits, targets = logits.float().flatten(0, 1), piece[:, 1:].flatten()
@@ -47,10 +62,10 @@ def streamed_bits(model: DFNLanguageModel, held_out: Tensor, length: int, stream
     return bits(nats) / (streams * n)
 
 
-def text_baselines(corpus: Corpus) -> dict[str, float]:
+def text_baselines(train: Tensor, held_out: Tensor, progress: bool = False) -> dict[str, float]:
     """Bits per byte of general compressors on the held-out bytes, and of a byte bigram of the training bytes."""
-    bigram = bigram_bits_per_byte(corpus.train, corpus.held_out)
-    return {**compressed_bits_per_byte(corpus.held_out), "bigram": bigram}
+    bigram = bigram_bits_per_byte(train, held_out)
+    return {**compressed_bits_per_byte(held_out, progress), "bigram": bigram}
 
 
 def table_of_bits(figures: dict[str, float]) -> list[str]:

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveField
+from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities, Sampler
 from ..training.text import load_corpus
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-WINDOW, HOP = 62, 32  # of a sound's spectrogram: 32 frequencies
+WINDOW, HOP, FREQUENCIES = 62, 32, 32  # of a sound's spectrogram
 SOUNDS = ("/usr/share/sounds", "/System/Library/Sounds", "C:/Windows/Media")  # where systems keep WAV files
 
 
 class Crops:
     """Random crops of ``pieces``, tensors ``[n_1, .., n_a, ..]``, of ``size`` cells along the first a axes.
 
-    Of ten pieces and more one in ten is held out, chosen by a checksum of its name. Of fewer the end of ``axis`` is
-    held out of each: a fifth, or one crop if that is more.
+    Pieces with such a name (`named_held_out`) are held out, else of ten and more one in ten, chosen by a checksum of
+    its name. Of fewer the end of ``axis`` is held out of each: a fifth, or one crop if that is more.
 
     Attributes: names, of the pieces that are large enough.
     """
@@ -31,8 +32,9 @@ class Crops:
     def __init__(self, pieces: dict[str, Tensor], size: tuple[int, ...], field: Callable[[Tensor], Field], axis: int):
         self.size, self.make = size, field
         wide = {n: x for n, x in pieces.items() if all(have >= want for have, want in zip(x.shape, size, strict=False))}
-        if len(wide) >= 10:
-            out = {n for n in wide if zlib.crc32(n.encode()) % 10 == 0} or {min(wide)}
+        named = named_held_out(wide)
+        if named or len(wide) >= 10:
+            out = named or {n for n in wide if checksum(n) % 10 == 0} or {min(wide)}
             self.train, self.held_out = [wide[n] for n in wide if n not in out], [wide[n] for n in sorted(out)]
         else:
             wide = {n: x for n, x in wide.items() if x.shape[axis] >= 2 * size[axis]}
@@ -81,16 +83,18 @@ def load_crops(kind: str, path: str | Path | None, size: int) -> Crops:
         if path is None:
             pictures = {name: field.values[0] for name, field in photographs().items()}
         else:
-            pictures = {p.name: picture(p) for p in files(path, PICTURES, "pictures")}
+            pictures = {name: picture(p) for name, p in files_in(path, PICTURES, "pictures").items()}
         return Crops(pictures, (size, size), ImageField, axis=1)
     if kind == "sound":
-        paths = machine_sounds() if path is None else files(path, (".wav",), "WAV files")
-        sounds = {p.name: spectrogram(p) for p in paths}
-        return Crops(sounds, (size, WINDOW // 2 + 1), SpectrogramField, axis=0)
+        paths = machine_sounds() if path is None else files_in(path, (".wav",), "WAV files")
+        sounds = {name: spectrogram(p) for name, p in paths.items()}
+        return Crops(sounds, (size, FREQUENCIES), SpectrogramField, axis=0)
     if kind == "text":
         corpus = load_corpus(path)
         crops = Crops({corpus.name: corpus.train}, (4 * size,), TextField, axis=0)
         crops.train, crops.held_out = [corpus.train], [corpus.held_out]
+        if len(corpus.held_out) < 4 * size:
+            raise ValueError(f"too little text: {4 * size} bytes a crop, {len(corpus.held_out)} are held out")
         return crops
     raise ValueError(f"field must be image, sound or text, got {kind}")
 
@@ -105,17 +109,6 @@ def photographs() -> dict[str, ImageField]:
     return {name: ImageField(torch.tensor(load_sample_image(file)).float()[None] / 255) for name, file in files.items()}
 
 
-def files(path: str | Path, endings: tuple[str, ...], what: str) -> list[Path]:
-    root = Path(path)
-    if not root.exists():
-        raise ValueError(f"no such file or folder: {path}")
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    paths = [p for p in paths if p.suffix.lower() in endings]
-    if not paths:
-        raise ValueError(f"no {what} in {path}; looked for {', '.join(endings)}")
-    return paths
-
-
 def picture(path: Path) -> Tensor:
     """``[H, W, 3]`` in [0, 1]."""
     values = ImageField.load(path).values[0]
@@ -126,15 +119,15 @@ def spectrogram(path: Path) -> Tensor:
     """``[steps, 32, 1]``; no steps for a sound shorter than a window."""
     sound = WaveField.load(path)
     if sound.grid[0] < WINDOW:
-        return torch.zeros(0, WINDOW // 2 + 1, 1)
+        return torch.zeros(0, FREQUENCIES, 1)
     return SpectrogramField.of(sound, WINDOW, HOP).values[0]
 
 
-def machine_sounds() -> list[Path]:
-    """The WAV files that Python's own tests and the system bring along, those of PCM samples."""
+def machine_sounds() -> dict[str, Path]:
+    """The WAV files that Python's own tests and the system bring along, those of PCM samples, by their path."""
     roots = [Path(sysconfig.get_paths()["stdlib"]) / "test" / "audiodata", *map(Path, SOUNDS)]
     found = [p for root in roots if root.is_dir() and os.access(root, os.R_OK) for p in sorted(root.rglob("*.wav"))]
-    good = [p for p in found if _is_pcm(p)]
+    good = {p.as_posix(): p for p in found if _is_pcm(p)}
     if not good:
         raise ValueError("no WAV files on this machine; give a file or folder of them with --data")
     return good

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveField
+from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities
 from ..models.field_models import DFNFieldModel
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state
@@ -24,6 +25,7 @@ SHAPES = ("disc", "ring", "bars", "cross")
 TONES = ("low", "mid", "high", "rising")
 CHANNELS = {"text": 256, "image": 9, "audio": 9}  # one-hot bytes; patches of 3 x 3
 KINDS = tuple(CHANNELS)
+LINE = 26  # bytes in a line of the small world
 
 
 def small_world(batch: int, generator: torch.Generator | None = None) -> tuple[dict[str, Field], Tensor]:
@@ -47,7 +49,7 @@ def small_world(batch: int, generator: torch.Generator | None = None) -> tuple[d
     sound = torch.sin(2 * math.pi * (pitch * t + slope * t * t / 2))
     sound = sound + 0.05 * torch.randn(sound.shape, generator=generator)
 
-    lines = [f"a {SHAPES[s]} and a {TONES[a]} tone".ljust(26) for s, a in label.tolist()]
+    lines = [f"a {SHAPES[s]} and a {TONES[a]} tone".ljust(LINE) for s, a in label.tolist()]
     fields = {
         "text": TextField(torch.tensor([list(line.encode()) for line in lines])),
         "image": ImageField(pictures[..., None]),
@@ -84,7 +86,7 @@ def joint_losses(model: DFNFieldModel, entities: dict[str, Entities], hidden: di
         if kind == "text":
             losses[kind] = language_modelling(found, e.states.argmax(-1).masked_fill(~hidden[kind], -100))
         else:  # as a share of what saying the mean would leave: 1 is no better than that
-            spread = (e.states - e.states.mean((0, 1))).square().mean().clamp(min=1e-8)
+            spread = (e.states - e.states.mean((0, 1))).square().mean().clamp(min=1e-8)  # states are in [0, 1]
             losses[kind] = field_reconstruction(found, e.states, hidden[kind]) / spread
     # Without their mean, which all fields share at the start, and which holds contrast back.
     views = {kind: model.represent(e, kind=kind) for kind, e in entities.items()}
@@ -134,25 +136,31 @@ class Triples:
     """Scenes of your own: files of one name in a folder, such as ``bird.txt``, ``bird.png`` and ``bird.wav``.
 
     Of a text the first ``length`` bytes count; of a picture, in grey, and of a sound's spectrogram random crops of
-    ``size`` cells a side (a spectrogram has 32 frequencies). One scene in ten is held out.
+    ``size`` cells a side (a spectrogram has 32 frequencies). Scenes with such a name (`named_held_out`) are held out,
+    else one in ten.
     """
 
     def __init__(self, path: str | Path, size: int, length: int):
-        root, scenes = Path(path), {}
-        if not root.is_dir():
-            raise ValueError(f"joint: data must be a folder, got {path}")
-        for line in sorted(root.rglob("*.txt")):
-            pixels = [p for e in PICTURES if (p := line.with_suffix(e)).exists()]
-            if not pixels or not line.with_suffix(".wav").exists():
+        if not Path(path).is_dir():
+            raise ValueError(f"data must be a folder of scenes, got {path}")
+        parts: dict[str, dict[str, Path]] = {}
+        for name, file in files_in(path, (".txt", ".wav", *PICTURES), "scenes").items():
+            ending = file.suffix.lower()
+            what = {".txt": "text", ".wav": "audio"}.get(ending, "image")
+            parts.setdefault(name.removesuffix(file.suffix), {}).setdefault(what, file)
+        scenes = {}
+        for name, of in parts.items():
+            if len(of) < 3:
                 continue
-            seen, heard = picture(pixels[0]).mean(-1, keepdim=True), spectrogram(line.with_suffix(".wav"))
+            seen, heard = picture(of["image"]).mean(-1, keepdim=True), spectrogram(of["audio"])
             if min(seen.shape[:2]) >= size and len(heard) >= size:
-                text = line.read_bytes()[:length].ljust(length)
-                scenes[line.stem] = torch.tensor(list(text)), seen, heard
+                text = of["text"].read_bytes()[:length].ljust(length)
+                scenes[name] = torch.tensor(list(text)), seen, heard
         if len(scenes) < 2:
             want = f"x.txt, x.png and x.wav, at least {size} pixels and {size} steps of a spectrogram large"
-            raise ValueError(f"joint: {path} must hold at least two scenes ({want}), got {len(scenes)}")
-        out = {n for n in scenes if zlib.crc32(n.encode()) % 10 == 0} - {max(scenes)} or {min(scenes)}
+            raise ValueError(f"{path} must hold at least two scenes ({want}), got {len(scenes)}")
+        by_checksum = {n for n in scenes if checksum(n) % 10 == 0} - {max(scenes)} or {min(scenes)}
+        out = named_held_out(scenes) or by_checksum
         self.path, self.size = path, size
         self.train, self.held_out = ([scenes[n] for n in scenes if (n in out) == held] for held in (False, True))
 

@@ -1,8 +1,10 @@
 """Everything that decides what a run ends with: the flags of `dfn train`, and the keys of its TOML file."""
 
+import os
 from dataclasses import dataclass, field, fields
 
 from ..models.language import ABLATIONS
+from ..training.checkpoints import CheckpointError
 
 # What `dfn train KIND` knows, by name. Subclasses of `dfn.runs.Task`, which hold their defaults, register here.
 KINDS: dict[str, type] = {}
@@ -12,8 +14,8 @@ class UsageError(ValueError):
     """An option that cannot be: bad usage, not a failed run."""
 
 
-def option(default, help: str, least: float | None = None, choices: tuple[str, ...] = ()):
-    return field(default=default, metadata=dict(help=help, least=least, choices=choices))
+def option(default, help: str, least: float | None = None, choices: tuple[str, ...] = (), most: float = 2**31 - 1):
+    return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Options:
     kind: str
     data: str | None = option(None, "file or folder to learn from (default: what this machine has)")
     field: str = option("image", "what contrastive and masked runs look at", choices=("image", "sound", "text"))
-    seed: int = option(0, "of the weights and of the data's order")
+    seed: int = option(0, "of the weights and of the data's order", 0, most=2**63 - 1)
     steps: int = option(1000, "length of the run", 1)
     batch: int = option(16, "rows in a step, over all processes", 1)
     accumulate: int = option(1, "parts that a batch is worked through in, to save memory", 1)
@@ -32,9 +34,9 @@ class Options:
     size: int = option(32, "side of a crop: pixels, steps of a spectrogram, four bytes of text", 3)
     dim: int = option(64, "size of a state", 1)
     layers: int = option(2, "blocks", 1)
-    heads: int = option(4, "heads in a block", 1)
+    heads: int = option(4, "heads in a block; they divide the size of a state", 1)
     pos_dim: int = option(2, "dimension of a position", 1)
-    k: int = option(8, "neighbours that a head reads from", 1)
+    k: int = option(8, "neighbours that a head reads from", 1, most=1024)
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
@@ -43,26 +45,61 @@ class Options:
     weight_decay: float = option(0.01, "of the matrices", 0)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
-    threads: int = option(0, "threads of the CPU (0: as many as PyTorch takes)", 0)
+    threads: int = option(0, "threads of the CPU (0: as many as take the least time for a step)", 0)
 
     @classmethod
     def of(cls, kind: str, **given) -> "Options":
-        """The kind's defaults and what is given. Raises UsageError for what is out of range."""
+        """The kind's defaults and what is given. Raises UsageError for what is out of range or of no use to the kind.
+
+        A relative path of data is meant from here, wherever the run is gone on with.
+        """
         if kind not in KINDS:
             raise UsageError(f"KIND must be one of {', '.join(KINDS)}, got {kind}")
-        options = cls(kind, **{**KINDS[kind].defaults, **given})
-        for f in fields(cls)[1:]:
-            value, least, choices = getattr(options, f.name), f.metadata["least"], f.metadata["choices"]
+        task = KINDS[kind]
+        for name in given:
+            if task.own is not None and name in OWN and name not in task.own:
+                raise UsageError(f"--{name.replace('_', '-')} has no meaning for {kind}")
+        if given.get("data") is not None:
+            given["data"] = os.path.abspath(given["data"])
+            if not os.path.exists(given["data"]):
+                raise UsageError(f"no such file or folder: {given['data']}")
+        options = cls(kind, **{**task.defaults_for(given), **given})
+        options._check()
+        task.check(options, given)
+        return options
+
+    @classmethod
+    def restored(cls, facts: dict, where: object) -> "Options":
+        """Those of a checkpoint. Raises CheckpointError for what this version of the package does not know."""
+        kept = facts.get("options", {})
+        if unknown := sorted(set(kept) - {f.name for f in fields(cls)}):
+            raise CheckpointError(f"{where} has an option that is not known here: {unknown[0]}")
+        if kept.get("kind") not in KINDS:
+            raise CheckpointError(f"{where} is of a kind that is not known here: {kept.get('kind')}")
+        return cls(**kept)
+
+    def _check(self) -> None:
+        for f in fields(self)[1:]:
+            value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
             if least is not None and not least <= value < float("inf"):
                 raise UsageError(f"{f.name} must be at least {least}, got {value}")
+            if least is not None and isinstance(value, int) and value > f.metadata["most"]:
+                raise UsageError(f"{f.name} must be at most {f.metadata['most']}, got {value}")
             if choices and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(filter(None, choices))}, got {value}")
-        if options.memory_size and options.pack:
+        if self.dim % self.heads:
+            raise UsageError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
+        if self.batch % self.accumulate:
+            raise UsageError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
+        if self.memory_size and self.pack:
             raise UsageError("pack has no meaning with a memory: its rows are consecutive pieces of one text")
-        if options.memory_size and options.accumulate > 1:
-            raise UsageError(f"accumulate must be 1 with a memory, got {options.accumulate}")
-        return options
+        if self.memory_size and self.accumulate > 1:
+            raise UsageError(f"accumulate must be 1 with a memory, got {self.accumulate}")
 
     def block(self) -> dict:
         """The arguments that all models share."""
-        return {name: getattr(self, name) for name in ("dim", "layers", "heads", "pos_dim", "k")}
+        return {name: getattr(self, name) for name in SHAPE}
+
+
+SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without")  # which not every kind has a use for

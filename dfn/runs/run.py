@@ -1,6 +1,7 @@
 """A run: a task trained in a folder that holds its checkpoints, and is gone on with, judged and drawn from there."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -18,8 +19,10 @@ from ..models.layers import count_parameters
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint, CheckpointError
 from ..training.trainer import History, NonFiniteLoss, Trainer, rows
-from .options import Options, UsageError
+from .options import SHAPE, Options, UsageError
+from .stopping import Interruption, Stopped
 from .tasks import KINDS, Task
+from .threads import fast_threads
 
 Say = Callable[[str], object]
 
@@ -40,81 +43,112 @@ class Run:
         checkpoint = checkpoints.latest(Path(folder), say)
         if checkpoint is None:
             raise CheckpointError(f"{folder} holds no checkpoint; `dfn train KIND --out {folder}` makes them")
-        options = Options.of(**checkpoint.facts["options"])
+        options = Options.restored(checkpoint.facts, checkpoint.path)
         task = KINDS[options.kind](options)
         model = task.model()
-        model.load_state_dict(checkpoint.part("model"))
+        _load_weights(model, checkpoint)
         history = History.of(checkpoint.part("history"))
         return cls(options, task, model.to(default_device()).eval(), history, Path(folder))
 
-    def judge(self) -> dict[str, float]:
+    def set_threads(self) -> None:
+        """As many threads as the run took, if there are so many here."""
+        torch.set_num_threads(min(self.options.threads or torch.get_num_threads(), torch.get_num_threads()))
+
+    def judge(self, progress: bool = False, say: Say = print) -> dict[str, float]:
         """The figures of the task, held out; also written to ``figures.json``, with where they come from."""
-        figures, h = self.task.figures(self.model), self.history
+        self.task.progress = progress
+        h = self.history
+        step = h.steps[-1] if h.steps else 0
+        try:
+            figures = self.task.figures(self.model)
+        except ValueError as error:  # the neighbour search refuses positions that are not finite
+            if "finite" not in str(error):
+                raise
+            raise RuntimeError(f"the model of step {step} in {self.folder} is not finite on held-out data") from error
         facts = {
             "figures": figures,
-            "step": len(h.steps),
+            "step": step,
             "tokens": h.tokens[-1] if h.tokens else 0,
             "seconds": h.seconds[-1] if h.seconds else 0.0,
             "parameters": count_parameters(self.model),
             "machine": machine(),
             "options": asdict(self.options),
         }
-        checkpoints.write_whole(self.folder / "figures.json", (json.dumps(facts, indent=1) + "\n").encode())
+        path = self.folder / "figures.json"
+        try:
+            checkpoints.write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
+        except OSError as error:
+            say(f"{path} cannot be written, so the figures are not kept: {error.strerror}")
         return figures
 
 
 def train(
-    options: Options, folder: Path, *, resume: bool = False, given: dict | None = None, every: int = 100,
-    evaluations: int = 8, progress: bool = True, say: Say = print,
+    options: Options, folder: Path, *, resume: bool = False, given: dict | None = None, init: Path | None = None,
+    every: int = 100, evaluations: int = 8, progress: bool = True, say: Say = print,
 ) -> Run:  # fmt: skip
     """Trains a task, with a checkpoint every ``every`` steps and at the end; with ``resume`` from the last good one.
 
     A resumed run ends with the same weights, to the bit, as one that never stopped, on the same machine: model,
     optimizer, random generators, the place in the data, memory and number of threads come from the checkpoint.
-    ``given`` are the options that the caller insists on: those of the checkpoint must agree.
+    ``given`` are the options that the caller insists on: those of the checkpoint must agree, except for more steps.
+    Ctrl-C ends the step that is under way and keeps it. A new run begins with the weights of the run in ``init``.
 
-    Raises UsageError (the folder holds a run and ``resume`` is not asked for, or options or data disagree),
-    CheckpointError (no checkpoint is good) and NonFiniteLoss, which names the last good checkpoint.
+    Raises UsageError (the folder holds a run and ``resume`` is not asked for, or options, weights or data disagree),
+    `checkpoints.Busy` (another run writes in the folder), CheckpointError (no checkpoint is good), OSError (the folder
+    cannot be written), NonFiniteLoss, which names the last good checkpoint, and `Stopped` (Ctrl-C).
     """
     folder = Path(folder)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank:
-        say = _nothing
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; a run needs a folder")
+    with checkpoints.locked(folder) if rank == 0 else contextlib.nullcontext():
+        return _train(
+            options, folder, resume, given or {}, init, every, evaluations, progress, _nothing if rank else say
+        )
+
+
+def _train(
+    options: Options, folder: Path, resume: bool, given: dict, init: Path | None, every: int, evaluations: int,
+    progress: bool, say: Say,
+) -> Run:  # fmt: skip
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     checkpoint = _to_resume(folder, rank, say)
     if checkpoint is not None and not resume:
         raise UsageError(f"{folder} holds a run; --resume goes on with it, another --out begins one")
     if checkpoint is not None:
-        options = _agreed(options, checkpoint, given or {})
+        options = _agreed(options, checkpoint, given)
         if rank == 0:
             checkpoints.set_aside(folder, checkpoint.path)
     elif resume:
         say(f"{folder} holds no checkpoint: the run begins")
-    options = replace(options, threads=options.threads or torch.get_num_threads())
-    torch.set_num_threads(options.threads)
+    if options.batch % (processes * options.accumulate):
+        raise UsageError(f"batch must be a multiple of the {processes} processes, got {options.batch}")
 
     torch.manual_seed(options.seed)
     task = KINDS[options.kind](options)
-    model = task.model().to(default_device())
-    generator = torch.Generator().manual_seed(options.seed)
     say(task.summary())
+    model = task.model().to(default_device())
+    if init is not None and checkpoint is None:
+        source = _source(init, say)
+        _load_weights(model, source, UsageError)
+        say(f"begins with the weights of {source.path}")
+    options = replace(options, threads=options.threads or _threads(task, model, processes, say))
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(options.seed)
     say(f"{type(model).__name__}: {count_parameters(model):,} parameters; {machine()}, {options.dtype}")
-    trainer = Trainer(
-        model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
-        weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit, partial=task.partial,
-        autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
-        cuda_graph="auto" if task.graphable else False, say=say,
-    )  # fmt: skip
+    trainer = _trainer(task, model, options, say)
     history, last = History(), None
     if checkpoint is not None:
         if checkpoint.facts["data"] != task.fingerprint():
             raise UsageError(f"the data is not what the run in {folder} began with; another --out begins a new one")
         history, last = _restore(checkpoint, trainer, task, generator), checkpoint.path
         say(f"goes on from {last}, step {trainer.step} of {options.steps}")
+        _say_schedule(trainer, checkpoint.facts["options"]["steps"], say)
+    interruption = Interruption(processes == 1)
 
     def keep(history: History) -> None:
         nonlocal last
-        if trainer.step % every and trainer.step < options.steps:
+        if trainer.step % every and trainer.step < options.steps and not interruption.asked:
             return
         row_state = _gathered(task.row_state())
         if rank == 0:
@@ -122,20 +156,91 @@ def train(
                      "elapsed": trainer.elapsed}  # fmt: skip
             tensors = _tensors(trainer, task, generator, history, row_state)
             last = checkpoints.save(folder, trainer.step, tensors, facts)
+        if interruption.asked:
+            raise Stopped(f"stopped after step {trainer.step}, which {last} holds; --resume goes on from there")
 
     batches = (task.batch(generator) for _ in iter(int, 1))
     unit = 1 / math.log(2) if task.unit == "bits" else 1.0
     evaluate = (lambda: unit * task.held_out_loss(model)) if rank == 0 else (lambda: 0.0)
     try:
-        history = trainer.fit(
-            batches, evaluate=evaluate, evaluations=evaluations, progress=progress and rank == 0, history=history,
-            after_step=keep,
-        )  # fmt: skip
+        with interruption:
+            history = trainer.fit(
+                batches, evaluate=evaluate, evaluations=evaluations, progress=progress and rank == 0, history=history,
+                after_step=keep,
+            )  # fmt: skip
     except NonFiniteLoss as error:
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         error.args = (f"{error}; {kept}",)
         raise
     return Run(options, task, model, history, folder)
+
+
+def options_like(init: Path, kind: str, given: dict, say: Say = print) -> Options:
+    """Those of a run of ``kind`` that begins with the weights of the run in ``init``: its sizes, unless given."""
+    kept, task = Options.restored(*_facts(_source(init, say))), KINDS.get(kind)
+    names = [
+        n for n in (*SHAPE, "memory_size", "without") if task is None or task.own is None or n in (*SHAPE, *task.own)
+    ]
+    return Options.of(kind, **{**{name: getattr(kept, name) for name in names}, **given})
+
+
+def _source(init: Path, say: Say) -> Checkpoint:
+    checkpoint = checkpoints.latest(Path(init), say)
+    if checkpoint is None:
+        raise UsageError(f"--init: {init} holds no checkpoint")
+    return checkpoint
+
+
+def _facts(checkpoint: Checkpoint) -> tuple[dict, Path]:
+    return checkpoint.facts, checkpoint.path
+
+
+def _load_weights(model: nn.Module, checkpoint: Checkpoint, error: type[Exception] = CheckpointError) -> None:
+    have, want = checkpoint.part("model"), model.state_dict()
+    for name in [*want, *have]:
+        a, b = have.get(name), want.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            sizes = " and ".join("nothing" if x is None else str(list(x.shape)) for x in (a, b))
+            raise error(f"the weights in {checkpoint.path} are of another model: {name} is {sizes} here")
+    model.load_state_dict(have)
+
+
+def _trainer(task: Task, model: nn.Module, options: Options, say: Say) -> Trainer:
+    return Trainer(
+        model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
+        weight_decay=options.weight_decay, accumulate=options.accumulate, unit=task.unit, partial=task.partial,
+        autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        cuda_graph="auto" if task.graphable else False, say=say,
+    )  # fmt: skip
+
+
+def _threads(task: Task, model: nn.Module, processes: int, say: Say) -> int:
+    most = torch.get_num_threads()
+    if processes > 1 or default_device().type != "cpu":
+        return most
+
+    def make() -> Callable[[], float]:
+        trial, generator = copy.copy(task), torch.Generator().manual_seed(task.options.seed)
+        trainer = _trainer(trial, copy.deepcopy(model), task.options, _nothing)
+        return lambda: trainer.train_step(trial.batch(generator))
+
+    threads = fast_threads(make)
+    if most > 1:
+        passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+        waits = ", and sleep while they wait" if passive else ""
+        say(f"{threads} of {most} threads take the least time for a step{waits} (--threads sets their number)")
+    return threads
+
+
+def _say_schedule(trainer: Trainer, before: int, say: Say) -> None:
+    after = trainer.steps
+    if after != before:
+        rate = trainer.learning_rate()
+        trainer.steps = before
+        was, trainer.steps = trainer.learning_rate(), after
+        say(f"{after} steps instead of {before}: step length {rate:.2g} after {was:.2g}, as in a run of {after}")
+    elif trainer.step >= after:
+        say(f"all {after} steps are done; --steps M with a larger M goes on")
 
 
 def default_device() -> torch.device:
@@ -191,13 +296,17 @@ def _to_resume(folder: Path, rank: int, say: Say) -> Checkpoint | None:
 
 
 def _agreed(options: Options, checkpoint: Checkpoint, given: dict) -> Options:
-    kept = checkpoint.facts["options"]
+    """Those of the checkpoint, with the number of steps that is given."""
+    kept = Options.restored(*_facts(checkpoint))
+    done, steps = checkpoint.facts["step"], given.get("steps", kept.steps)
+    if steps < done:
+        raise UsageError(f"steps must be at least the {done} that are done in {checkpoint.path}, got {steps}")
     for name, value in {"kind": options.kind, **given}.items():
-        if kept.get(name) != value and not (name == "threads" and value == 0):
-            raise UsageError(
-                f"{name} is {kept.get(name)} in {checkpoint.path}, got {value}; another --out begins a new run"
-            )
-    return Options.of(**kept)
+        was = getattr(kept, name)
+        same = was == value or name == "steps" or (name == "threads" and value == 0)
+        if not same and not (name == "data" and value and was and os.path.abspath(was) == os.path.abspath(value)):
+            raise UsageError(f"{name} is {was} in {checkpoint.path}, got {value}; another --out begins a new run")
+    return replace(kept, steps=steps)
 
 
 def _tensors(trainer: Trainer, task: Task, generator, history: History, row_state: dict) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ..training.losses import contrastive, field_reconstruction, language_modell
 from ..training.text import Corpus, batches, load_corpus, packed_batches
 from ..training.trainer import language_model_loss, map_tensors
 from . import bits, digits, joint
-from .crops import channels_of, load_crops, mean_error, sampler_of
+from .crops import FREQUENCIES, channels_of, load_crops, mean_error, sampler_of
 from .options import KINDS, Options, UsageError
 
 
@@ -29,12 +29,24 @@ class Task:
     """
 
     defaults: dict = {}
+    own: tuple[str, ...] | None = None  # options it has a use for, of those that not every kind has (`options.OWN`)
     unit = "nats"  # of the loss, as shown; "bits" shows nats as bits
     partial = True  # the loss may leave out parameters of the model (see `Trainer`)
     graphable = True  # the loss keeps nothing of its own between steps, so that a CUDA graph can hold the step
 
+    progress = False  # bars for what takes long in `figures`
+
     def __init__(self, options: Options):
         self.options = options
+
+    @classmethod
+    def defaults_for(cls, given: dict) -> dict:
+        """`defaults`, where they depend on other options."""
+        return cls.defaults
+
+    @classmethod
+    def check(cls, options: Options, given: dict) -> None:
+        """Raises UsageError for options that cannot be together."""
 
     def model(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} must define model")
@@ -77,6 +89,13 @@ class Task:
         return sum(float(self.loss(model, move(self.batch(generator, True), device))) for _ in range(batches)) / batches
 
 
+def fits(options: Options, cells: int, axes: int) -> None:
+    if options.entities > cells:
+        raise UsageError(f"entities must be at most the {cells} cells of a field, got {options.entities}")
+    if options.pos_dim < axes:
+        raise UsageError(f"pos_dim must be at least the {axes} axes of a field, got {options.pos_dim}")
+
+
 def move(batch, device: torch.device):
     return map_tensors(lambda x: x.to(device), batch)
 
@@ -85,6 +104,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
+    own = ("data", "length", "memory_size", "pack", "without")
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
@@ -128,18 +148,23 @@ class Text(Task):
         return language_modelling(logits, batch[1])
 
     def figures(self, model):
-        held_out = self.corpus.held_out
+        held_out = bits.judged(self.corpus.held_out)
         if self.options.memory_size:
-            ours = bits.streamed_bits(model, held_out, self.options.length)
+            ours = bits.streamed_bits(model, held_out, self.options.length, progress=self.progress)
         else:
-            ours = bits.held_out_bits(model, held_out)
-        return {"model": ours, **bits.text_baselines(self.corpus)}
+            ours = bits.held_out_bits(model, held_out, progress=self.progress)
+        others = bits.text_baselines(self.corpus.train, held_out, self.progress)
+        return {"model": ours, **others, "bytes judged": len(held_out), "bytes held out": len(self.corpus.held_out)}
 
     def summary(self):
         return self.corpus.summary()
 
-    def fingerprint(self):
+    @functools.cached_property
+    def _fingerprint(self) -> int:
         return zlib.crc32(self.corpus.train.numpy())
+
+    def fingerprint(self):
+        return self._fingerprint
 
     def state(self):
         return {"place": torch.tensor([self.place, self.shift])}
@@ -156,6 +181,11 @@ class Digits(Task):
     """a classifier of scikit-learn's digits, from sampled pixels"""
 
     defaults = dict(steps=500, batch=64, entities=24, dim=48, warmup=150, weight_decay=0.05)
+    own = ("entities",)
+
+    @classmethod
+    def check(cls, options, given):
+        fits(options, 64, 2)
 
     @functools.cached_property
     def split(self):
@@ -187,7 +217,14 @@ class Digits(Task):
 class FieldTask(Task):
     """Runs on crops of pictures, sounds or texts."""
 
+    own = ("data", "field", "entities", "size")
     patch = 3  # side of the patch that a sampled state is
+
+    @classmethod
+    def check(cls, options, given):
+        size = options.size
+        cells = {"image": size * size, "sound": size * FREQUENCIES, "text": 4 * size}[options.field]
+        fits(options, cells, 1 if options.field == "text" else 2)
 
     @functools.cached_property
     def crops(self):
@@ -236,6 +273,10 @@ class Masked(FieldTask):
     defaults = dict(steps=500, batch=32, entities=128, size=16)
     patch, share, unit = 1, 0.4, "error"
 
+    @classmethod
+    def defaults_for(cls, given):
+        return {**cls.defaults, **(dict(size=64) if given.get("field") == "text" else {})}
+
     def batch(self, generator, held_out=False):
         entities = self.entities(self.crops.field(self.options.batch, generator, held_out), generator)
         return entities, torch.rand(entities.influence.shape, generator=generator) < self.share
@@ -253,7 +294,15 @@ class Joint(Task):
     """one model over text, image and audio that belong together"""
 
     defaults = dict(steps=200, batch=32, entities=24, dim=32, warmup=20)
+    own = ("data", "length", "entities", "size")
     partial = False
+
+    @classmethod
+    def check(cls, options, given):
+        if options.data is None and (unused := [n for n in ("length", "size") if n in given]):
+            raise UsageError(f"--{unused[0]} has no meaning for joint without --data")
+        own = options.data is not None
+        fits(options, min(options.length, options.size * min(options.size, FREQUENCIES)) if own else joint.LINE, 2)
 
     @functools.cached_property
     def world(self):

@@ -8,7 +8,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..runs import run as runs
 from ..runs.bits import streamed_bits
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Text
-from ..training.checkpoints import write_whole
+from ..training.checkpoints import locked, write_whole
 from ..training.trainer import Trainer
 from .memory_task import segments_accuracy
 from .recall import recall_batch
@@ -43,6 +43,11 @@ def run(
     options = Options.of("text", **{"steps": 400, "memory_size": MEMORY, **given})
     if options.without or not options.memory_size:
         raise UsageError("ablate leaves parts out itself: give no --without, and a --memory-size above 0")
+    with locked(folder):
+        return _run(folder, seeds, given, tasks, options, say)
+
+
+def _run(folder: Path, seeds: int, given: dict, tasks: Sequence[str], options: Options, say) -> str:
     facts = {"options": asdict(options), "tokens": options.steps * options.batch * options.length}
     found = load(folder) if (folder / "ablation.json").exists() else {**facts, "cells": {}}
     if any(found[name] != value for name, value in facts.items()):
@@ -51,7 +56,6 @@ def run(
     flags = f" --seeds {seeds}" + ("" if set(tasks) == set(TASKS) else " --tasks " + " ".join(tasks))
     flags += "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if name != "threads")
     found |= {"machine": runs.machine(), "corpus": Text(options).corpus.name, "flags": flags}
-    folder.mkdir(parents=True, exist_ok=True)
     work = [
         (task, line, seed)
         for seed in range(options.seed, options.seed + seeds)
@@ -72,7 +76,7 @@ def run(
 
 
 def text_cell(options: Options, line: str, seed: int, folder: Path) -> float:
-    options = Options.of(**{**asdict(options), "without": line, "seed": seed})
+    options = replace(options, without=line, seed=seed, threads=options.threads or torch.get_num_threads())
     folder = folder / f"{line or 'full'}-{seed}"  # which a run that was stopped left behind, if any
     run = runs.train(options, folder, resume=True, evaluations=0, say=lambda text: None)
     shutil.rmtree(folder)

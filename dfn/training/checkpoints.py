@@ -4,19 +4,31 @@ A file ``step-00000200.safetensors`` holds tensors by name and, in its metadata,
 which is checked when the file is read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+VERSION = 1  # of what a checkpoint holds
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, and why."""
+
+
+class UnknownVersion(CheckpointError):
+    """One that another version of this package has written."""
+
+
+class Busy(RuntimeError):
+    """A folder in which another run writes."""
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +47,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, keep:
 
     # Copies: the format refuses tensors that share their memory, as tied weights do.
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
-    text = json.dumps(facts)
+    text = json.dumps({"version": VERSION, **facts})
     path = folder / f"step-{step:08d}.safetensors"
     write_whole(path, serialize(tensors, {"facts": text, "sha256": _checksum(tensors, text)}))
     for old in found(folder)[:-keep]:
@@ -59,7 +71,10 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged or no checkpoint of dfn: {error}") from error
     if _checksum(tensors, text) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum does not fit its contents")
-    return Checkpoint(path, tensors, json.loads(text))
+    facts = json.loads(text)
+    if facts.get("version", VERSION) != VERSION:
+        raise UnknownVersion(f"{path} is of version {facts['version']}; this package reads version {VERSION}")
+    return Checkpoint(path, tensors, facts)
 
 
 def found(folder: Path) -> list[Path]:
@@ -76,6 +91,8 @@ def latest(folder: Path, say: Callable[[str], object] = print) -> Checkpoint | N
     for path in paths:
         try:
             checkpoint = load(path)
+        except UnknownVersion:  # others are no better
+            raise
         except CheckpointError as error:
             say(str(error))
             continue
@@ -95,19 +112,57 @@ def set_aside(folder: Path, after: Path) -> None:
 
 
 def write_whole(path: Path, raw: bytes) -> None:
-    """Writes a file so that, whenever the process or the machine dies, the old one or the new one is there, whole."""
+    """Writes a file so that, whenever the process or the machine dies, the old one or the new one is there, whole.
+
+    Raises OSError, which names the file; what was written of it is removed.
+    """
     part = path.with_name(".part")
-    with open(part, "wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     if os.name == "posix":  # the rename itself reaches the disk with the folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps it for this run. Raises Busy where another run has it, OSError if it cannot be written.
+
+    The lock is the folder's own and ends with the process, however that ends; no file is left. Where the system has no
+    such locks, as on some network file systems, there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # a run is not to find out after its first hundred steps
+        pass
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another run writes in {folder}; another --out begins a new one") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:

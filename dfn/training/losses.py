@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dfn_kernels._checks import are_sizes
+
 
 def wide(x: Tensor) -> Tensor:
     """float32 for what is narrower; float64 stays."""
@@ -27,6 +29,7 @@ class MeanStateHead(nn.Module):
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
+        are_sizes("MeanStateHead", dim=dim, classes=classes)
         self.out = nn.Linear(dim, classes)
 
     def forward(self, states: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -35,13 +38,14 @@ class MeanStateHead(nn.Module):
 
 def mean_state(states: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
     """``sum_i w_i s_i / sum_i w_i`` over the entities: ``[B, N, d] -> [B, d]``."""
-    weight = states.new_ones(states.shape[:2]) if influence is None else influence.to(states.dtype)
+    real = torch.promote_types(states.dtype, torch.float32)  # a sum of many weights overflows in half precision
+    weight = torch.ones_like(states[..., 0], dtype=real) if influence is None else influence.to(real)
     _shape("mean_state", "influence", weight, tuple(states.shape[:2]))
     if lengths is not None:
         _shape("mean_state", "lengths", lengths, tuple(states.shape[:1]))
         weight = weight * (torch.arange(states.shape[1], device=states.device) < lengths[:, None])
-    total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    return (states * (weight / total)[..., None]).sum(1)
+    total = weight.sum(1, keepdim=True)
+    return (states * (weight / total.where(total > 0, 1)).to(states.dtype)[..., None]).sum(1)
 
 
 def mean_state_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -66,7 +70,8 @@ def field_reconstruction(
         _shape("field_reconstruction", "hidden", hidden, tuple(found.shape[:2]))
         weight = weight * hidden
     error = (wide(found) - wide(wanted)).square().mean(-1)
-    return (weight * error).sum() / weight.sum().clamp(min=1e-12)
+    total = weight.sum()
+    return (weight * error).sum() / total.where(total > 0, 1)
 
 
 def contrastive(left: Tensor, right: Tensor, temperature: float = 0.1) -> Tensor:

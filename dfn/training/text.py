@@ -1,17 +1,20 @@
 """Data that every machine has: bytes of real text, and associative recall."""
 
 import bz2
+import codecs
 import gzip
 import lzma
 import math
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..fields.files import checksum, files_in, named_held_out
+from .progress import shown
 
 # Folders that some systems ship without the rest of the library, or that hold other people's packages.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -27,63 +30,97 @@ class Corpus:
     held_out: Tensor
     train_files: list[str]
     held_out_files: list[str]
-    train_ptr: Tensor  # int64 [files + 1], where each file begins, and the end
+    left_out: dict[str, str]  # files that are no text, and why
+    train_ptr: Tensor  # int64, where each file that is not empty begins, and the end
     held_out_ptr: Tensor
 
     def summary(self) -> str:
-        files = f"{len(self.train_files)} files, {len(self.train) / 1e6:.1f} MB to train on; "
-        return f"{self.name}: {files}{len(self.held_out_files)} files, {len(self.held_out) / 1e6:.2f} MB held out"
+        said = f"{self.name}: {len(self.train_files)} files, {len(self.train) / 1e6:.1f} MB to train on; "
+        size = f"{len(self.held_out) / 1e6:.2f} MB"
+        if self.train_files == self.held_out_files:
+            said += f"the last tenth of each, {size}, held out"
+        else:
+            said += f"{len(self.held_out_files)} files, {size} held out"
+            if len(self.held_out_files) < 4:
+                said += f" ({', '.join(self.held_out_files)})"
+        if self.left_out:
+            name, why = next(iter(self.left_out.items()))
+            said += f"; {len(self.left_out)} left out ({name} {why})"
+        return said
 
 
 def load_corpus(path: str | Path | None = None) -> Corpus:
     """The sources of the Python standard library, or the user's own file or folder of text.
 
-    Whole files are held out, chosen by a checksum of their path below the folder: the same ones in every run, and a
-    file that comes or goes moves no other. Of a single file the last tenth is held out. Files that hold zero bytes
-    are taken for binary and left out.
+    Files or folders named val, valid, validation, dev or test are held out, all others train (`named_held_out`).
+    Without such names whole files are held out, one in twenty, chosen by a checksum of their path below the folder:
+    the same ones in every run, and a file that comes or goes moves no other. Where that would hold out more than a
+    tenth of the text or less than a hundredth, as of few files, it is the last tenth of every file. Hidden files do
+    not count, and files that are UTF-16 or hold zero bytes are left out, which the summary says.
 
     Raises ValueError where there is no text, or too little of it (100 bytes a side) to train and to judge.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [f for f in root.rglob("*.py") if not NOT_LIBRARY & set(f.relative_to(root).parts)]
+        below = ((f.relative_to(root), f) for f in sorted(root.rglob("*.py")))
+        files = {p.as_posix(): f for p, f in below if not NOT_LIBRARY & set(p.parts)}
         name = f"the standard library of Python {sysconfig.get_python_version()}"
     else:
-        root = Path(path)
-        if not root.exists():
-            raise ValueError(f"load_corpus: no such file or folder: {path}")
-        files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file() and f.name[0] != "."]
-        name = str(path)
-    texts = {}
-    for file in sorted(files):
-        data = file.read_bytes()
-        if data and b"\0" not in data:
-            texts[file.name if root.is_file() else file.relative_to(root).as_posix()] = data
-    if len(texts) == 1:
-        ((file, data),) = texts.items()
-        cut = len(data) - len(data) // 10
-        train, held_out = {file: data[:cut]}, {file: data[cut:]}
-    else:
-        held_out = {file: text for file, text in texts.items() if zlib.crc32(file.encode()) % HELD_OUT == 0}
-        if not held_out and texts:
-            file = min(texts, key=lambda f: zlib.crc32(f.encode()))
-            held_out = {file: texts[file]}
-        train = {file: text for file, text in texts.items() if file not in held_out}
-    corpus = Corpus(
-        name, _tensor(train), _tensor(held_out), list(train), list(held_out), _offsets(train), _offsets(held_out)
-    )
+        files, name = files_in(path), str(path)
+    texts, left_out = {}, {}
+    for file, where in files.items():
+        data = where.read_bytes()
+        if why := _no_text(data):
+            left_out[file] = why
+        elif data:
+            texts[file] = data
+    if not texts:
+        raise ValueError(_no_texts(name, files, left_out))
+    train, held_out = _split(texts, by_name=path is not None)
+    tensors, names = (_tensor(train), _tensor(held_out)), (list(train), list(held_out))
+    corpus = Corpus(name, *tensors, *names, left_out, _offsets(train), _offsets(held_out))
     if min(len(corpus.train), len(corpus.held_out)) < 100:
         sizes = f"{len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out; needed are 100 each"
-        raise ValueError(f"load_corpus: too little text in {name}: {sizes}")
+        raise ValueError(f"too little text in {name}: {sizes}")
     return corpus
 
 
+def _split(texts: dict[str, bytes], by_name: bool) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    names = named_held_out(texts) if by_name else set()
+    if not names:
+        chosen = {file for file in texts if checksum(file) % HELD_OUT == 0}
+        share = sum(len(texts[file]) for file in chosen) / sum(map(len, texts.values()))
+        names = chosen if 0.01 <= share <= 0.1 else set()
+    if names:
+        return tuple({file: text for file, text in texts.items() if (file in names) == held} for held in (False, True))
+    cuts = {file: len(text) - len(text) // 10 for file, text in texts.items()}
+    return {f: text[: cuts[f]] for f, text in texts.items()}, {f: text[cuts[f] :] for f, text in texts.items()}
+
+
+def _no_text(data: bytes) -> str | None:
+    """Why these bytes are no text, or None."""
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+                           (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):  # fmt: skip
+        if data.startswith(mark):
+            return f"is {encoding}; to use it as UTF-8: iconv -f {encoding} -t UTF-8"
+    place = data.find(0)
+    return f"is taken for binary: byte {place} is zero" if place >= 0 else None
+
+
+def _no_texts(name: str, files: dict[str, Path], left_out: dict[str, str]) -> str:
+    if not left_out:
+        return f"{name} is empty" if len(files) == 1 else f"all {len(files)} files in {name} are empty"
+    file, why = next(iter(left_out.items()))
+    return f"{name} {why}" if len(files) == 1 else f"no text in {name}: {file} {why}"
+
+
 def _tensor(texts: dict[str, bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(texts.values())) or bytearray(1), dtype=torch.uint8)
+    data = bytearray(b"".join(texts.values()))
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
 def _offsets(texts: dict[str, bytes]) -> Tensor:
-    return torch.tensor([0, *(len(text) for text in texts.values())]).cumsum(0)
+    return torch.tensor([0, *(len(text) for text in texts.values() if text)]).cumsum(0)
 
 
 def batches(
@@ -142,21 +179,32 @@ def segments(data: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor, T
         done = end
 
 
-def compressed_bits_per_byte(data: Tensor) -> dict[str, float]:
+def compressed_bits_per_byte(data: Tensor, progress: bool = False) -> dict[str, float]:
     """What general compressors make of the same bytes alone, at their highest settings: bits per byte by name."""
     raw = data.numpy().tobytes()
     compressors = {"gzip": lambda x: gzip.compress(x, 9), "bzip2": lambda x: bz2.compress(x, 9),
                    "xz": lambda x: lzma.compress(x, preset=9)}  # fmt: skip
-    return {name: 8 * len(compress(raw)) / len(raw) for name, compress in compressors.items()}
+    return {
+        name: 8 * len(compress(raw)) / len(raw)
+        for name, compress in shown(compressors.items(), "compressing", progress)
+    }
 
 
 def bigram_bits_per_byte(train: Tensor, held_out: Tensor) -> float:
     """A table of byte pairs counted on the training bytes, add-one smoothed, judged on the held-out bytes."""
-    pairs = train[:-1].long() * 256 + train[1:].long()
-    counts = torch.bincount(pairs, minlength=65536).view(256, 256).double() + 1
+    counts = _pairs(train).view(256, 256).double() + 1
     bits = -(counts / counts.sum(1, keepdim=True)).log2()
-    held_out = held_out.long()
-    return float(bits[held_out[:-1], held_out[1:]].mean())
+    seen = _pairs(held_out).view(256, 256).double()
+    return float((seen * bits).sum() / seen.sum())
+
+
+def _pairs(data: Tensor, part: int = 2**20) -> Tensor:
+    """How often each pair of bytes occurs: int64 ``[65536]``, counted in parts, so that memory does not grow."""
+    counts = torch.zeros(65536, dtype=torch.int64)
+    for start in range(0, len(data) - 1, part):
+        piece = data[start : start + part + 1].long()
+        counts += torch.bincount(piece[:-1] * 256 + piece[1:], minlength=65536)
+    return counts
 
 
 def bits(nats: float) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from . import graphed
 from .losses import language_modelling
+from .progress import TrainingBar
 
 
 class NonFiniteLoss(RuntimeError):
@@ -115,6 +115,8 @@ class Trainer:
     `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
     DistributedDataParallel averages the gradients: n processes train as one does.
 
+    `history` is that of the last call of `fit`, also where an exception ended it.
+
     `state_dict` and `load_state_dict` carry model, optimizer and step: with the same batches a resumed run goes on as
     if it had never stopped.
     """
@@ -133,7 +135,7 @@ class Trainer:
         self.model, self.loss, self.unit = model, loss, unit
         self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.elapsed, self.history = 0, 0.0, History()
         self.device = next(model.parameters()).device
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
@@ -294,39 +296,73 @@ class Trainer:
     ) -> History:
         """Trains to the end, calling ``evaluate`` at ``evaluations`` evenly spaced points and at the end.
 
-        The time that evaluating takes is not counted. A resumed run goes on with its ``history``; ``after_step`` is
-        called with it when a step and its evaluation are done.
+        ``batches`` that end, as a DataLoader's do, are gone through again. The time that evaluating takes is not
+        counted. A resumed run goes on with its ``history``; ``after_step`` is called with it when a step and its
+        evaluation are done.
+
+        Raises NonFiniteLoss (a step, or an evaluation), ValueError (no batch, or an iterator that ends: `history` has
+        what was trained until then).
         """
-        history, batches = history or History(), iter(batches)
+        self.history = history = history or History()
+        stream = self._endless(batches)
         self.model.train()
-        bar = _Bar(self) if progress else None
+        bar = TrainingBar(self) if progress else None
         due = self.progress + 1 / evaluations if evaluations else math.inf
         tokens = began_with = history.tokens[-1] if history.tokens else 0
         began_at = self.elapsed
-        while self.progress < 1:
-            began = time.perf_counter()
-            batch = next(batches)
-            value = self.train_step(batch)
-            self.elapsed += time.perf_counter() - began
-            tokens += tokens_in(batch)
-            for values, entry in ((history.steps, self.step), (history.losses, value),
-                                  (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
-                values.append(entry)
-            if bar:
-                bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
-            if evaluate and (self.progress >= due or self.progress >= 1):
-                due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
-                self.model.eval()
-                history.evaluated.append((self.step, self.elapsed, evaluate()))
-                self.model.train()
+        try:
+            while self.progress < 1:
+                began = time.perf_counter()
+                batch = next(stream)
+                value = self.train_step(batch)
+                self.elapsed += time.perf_counter() - began
+                tokens += tokens_in(batch)
+                for values, entry in ((history.steps, self.step), (history.losses, value),
+                                      (history.seconds, self.elapsed), (history.tokens, tokens)):  # fmt: skip
+                    values.append(entry)
                 if bar:
-                    bar.held_out = history.evaluated[-1][2]
-            if after_step:
-                after_step(history)
-        if bar:
-            bar.close()
-        self.model.eval()
+                    bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
+                if evaluate and (self.progress >= due or self.progress >= 1):
+                    due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
+                    history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
+                    if bar:
+                        bar.held_out = history.evaluated[-1][2]
+                if after_step:
+                    after_step(history)
+        finally:
+            if bar:
+                bar.close()
+            self.model.eval()
         return history
+
+    def _endless(self, batches: Iterable[tuple]) -> Iterator[tuple]:
+        while True:
+            before = self.step
+            yield from batches
+            if self.step == before:  # nothing came in this pass
+                if before == 0 or not isinstance(batches, Iterator):
+                    raise ValueError("Trainer: batches must hold at least one batch, got none")
+                length = f"{self.steps} steps" if self.steps else f"{self.seconds:g} seconds"
+                raise ValueError(
+                    f"Trainer: batches ended after step {before} of {length}, and an iterator cannot be gone through "
+                    "again; give a DataLoader, a list, or a generator that does not end"
+                )
+
+    def _evaluated(self, evaluate: Callable[[], float], batch: tuple) -> float:
+        self.model.eval()
+        try:
+            value = evaluate()
+        except ValueError as error:  # as in `_loss`
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            if layer is None:
+                raise
+            raise NonFiniteLoss("the evaluation", self.step, layer) from error
+        finally:
+            self.model.train()
+        if not math.isfinite(value):
+            layer = self._first_bad_layer(map_tensors(lambda x: x.to(self.device), batch))
+            raise NonFiniteLoss("the evaluation", self.step, layer or "the evaluation itself")
+        return value
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
@@ -355,44 +391,3 @@ class _Loss(nn.Module):
 
     def forward(self, batch: tuple) -> Tensor:
         return self.loss(self.model, batch)
-
-
-class _Bar:
-    """A bar over steps or seconds, with the loss, smoothed, tokens per second, and the most memory used so far."""
-
-    def __init__(self, trainer: Trainer):
-        from tqdm import tqdm
-
-        self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
-        self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
-        interval = 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
-        self.bar = tqdm(total=1000, desc="training", mininterval=interval, dynamic_ncols=True, bar_format=form)
-
-    def update(self, value: float, rate: float) -> None:
-        t = self.trainer
-        self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
-        parts = [
-            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
-            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
-            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
-            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
-            f"{rate:,.0f} tokens/s",
-            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
-        ]
-        self.bar.set_postfix_str(", ".join(parts), refresh=False)
-        self.bar.update(round(1000 * t.progress) - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

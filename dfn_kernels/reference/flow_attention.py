@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+WIDTHS = {torch.float32: (2.0**-56, 2.0**63), torch.float64: (2.0**-496, 2.0**511)}  # as in gaussian_gather
+
 
 def flow_attention(
     states: Tensor,  # [B, N, d]
@@ -74,10 +76,12 @@ def flow_attention(
     indices = torch.nn.functional.pad(indices[..., :width], (0, k - width), value=-1).masked_fill(found.isinf(), -1)
 
     near = found.isfinite()
-    exponent = -found.where(near, 0) / (2 * sigma.view(1, H, 1, 1).square())
+    squares = found.where(near, 0)
     if normalize and k:
-        exponent = exponent - exponent[..., :1].detach()  # the nearest comes first
-    weight = exponent.exp() * weights.unsqueeze(2).expand(B, H, N, -1).gather(3, indices.clamp(min=0))
+        squares = (squares - squares[..., :1].detach()).where(near, 0)  # the nearest comes first
+    inverse = 1 / sigma.abs().clamp(*WIDTHS[sigma.dtype]).view(1, H, 1, 1)
+    exponent = (squares * (0.5 * inverse.square())).clamp(max=1e4)
+    weight = (-exponent).exp() * weights.unsqueeze(2).expand(B, H, N, -1).gather(3, indices.clamp(min=0))
     weight = weight.where(near, 0)
     if normalize:
         total = weight.sum(-1, keepdim=True)

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Beyond these a width counts as the nearest of them: 1 / sigma^2 times a gradient is finite, and squared distances of
+# about sigma^2 are (nearly) 0 or infinite themselves.
+WIDTHS = {torch.float32: (2.0**-56, 2.0**63), torch.float64: (2.0**-496, 2.0**511)}
+
 
 def gaussian_gather(
     positions: Tensor,  # [B, H, N, D]
@@ -26,13 +30,16 @@ def gaussian_gather(
         picked = x.gather(2, flat.expand(-1, -1, -1, x.shape[-1])).view(B, H, M, k, x.shape[-1])
         return picked.where(present.unsqueeze(-1), 0)
 
-    sq_dists = (queries.unsqueeze(3) - rows(positions)).square().sum(-1)
-    exponent = -sq_dists / (2 * sigma.view(1, H, 1, 1).square())
-    if normalize:  # relative to the nearest neighbour; the factor cancels
-        top = exponent.masked_fill(~present, -torch.inf).amax(-1, keepdim=True) if k else exponent.sum(-1, keepdim=True)
-        exponent = exponent - top.masked_fill(top == -torch.inf, 0).detach()
-    # exp only where there is a neighbour: elsewhere its argument is not bounded, and 0 * inf would spoil gradients
-    weights = exponent.where(present, 0).exp().where(present, 0)
+    steps = queries.unsqueeze(3) - rows(positions)
+    present = present & (steps.square().sum(-1) != torch.inf)  # a distance that overflows is one too far
+    sq_dists = steps.where(present.unsqueeze(-1), 0).square().sum(-1)
+    if normalize and k:  # relative to the nearest neighbour; the factor cancels
+        least = sq_dists.masked_fill(~present, torch.inf).amin(-1, keepdim=True).detach()
+        sq_dists = (sq_dists - least).where(present, 0)
+    inverse = 1 / sigma.abs().clamp(*WIDTHS[sigma.dtype]).view(1, H, 1, 1)
+    # Beyond the limit the weight is 0 anyway; without it 0 * inf would spoil gradients.
+    exponent = (sq_dists * (0.5 * inverse.square())).clamp(max=1e4)
+    weights = (-exponent).exp().where(present, 0)
     if influence is not None:
         weights = weights * rows(influence.unsqueeze(-1)).squeeze(-1)
     if normalize:

@@ -15,6 +15,9 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 using cudaStream_t = void*;
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline void __syncthreads() {
   emulator::barrier(0, static_cast<int>(blockDim.x * blockDim.y * blockDim.z));
@@ -50,11 +53,34 @@ template <class T> T __shfl_xor_sync(unsigned, T value, int step, int width = 32
   const int lane = emulator::self().lane, from = lane ^ step;
   return emulator::shuffle(value, from / width == lane / width ? from : lane);
 }
+template <class T> T __shfl_up_sync(unsigned, T value, int step, int width = 32) {
+  const int lane = emulator::self().lane, from = lane - step;
+  return emulator::shuffle(value, from >= lane / width * width ? from : lane);
+}
 template <class T> T __shfl_down_sync(unsigned, T value, int step, int width = 32) {
   const int lane = emulator::self().lane, from = lane + step;
   return emulator::shuffle(value, from / width == lane / width ? from : lane);
 }
 
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  struct Call {
+    bool vote;
+    unsigned result;
+  } call{vote, 0};
+  emulator::warp_collective("vote.sync", &call, [](void** slots) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(static_cast<Call*>(slots[lane])->vote) << lane;
+    for (int lane = 0; lane < 32; ++lane) static_cast<Call*>(slots[lane])->result = votes;
+  });
+  return call.result;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// One operation, one rounding: this folder is compiled without contraction.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 template <class T> T __ldg(const T* p) { return *p; }
 using std::max;

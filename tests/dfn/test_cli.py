@@ -1,5 +1,7 @@
 """The command: flags and TOML, exit codes, one clear line for what is wrong; every subcommand on a tiny budget."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -32,6 +34,15 @@ def dfn(*arguments):
     return cli.main([str(a) for a in arguments])
 
 
+def output(*arguments, encoding="ascii"):
+    """The bytes that come out, on a terminal of this encoding."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(out):
+        assert dfn(*arguments) == 0
+    out.flush()
+    return out.buffer.getvalue()
+
+
 def failed(capsys, code, *arguments):
     """The one line that is said."""
     try:
@@ -53,8 +64,8 @@ def test_a_run_from_training_to_pictures(text, tmp_path, capsys):
         assert word in said.err
     assert [p.name for p in checkpoints.found(out)] == ["step-00000004.safetensors", "step-00000006.safetensors"]
 
-    assert dfn("generate", out, "--prompt", "the ", "--tokens", 9, "--temperature", 0) == 0
-    assert capsys.readouterr().out.startswith("the ")
+    written = output("generate", out, "--prompt", "the ", "--tokens", 9, "--temperature", 0)
+    assert written.startswith(b"the ") and written.endswith(b"\n") and len(written) == 14
     assert dfn("eval", "text", "--run", out, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads((out / "figures.json").read_text())["figures"] and figures["model"] > 0
@@ -64,7 +75,7 @@ def test_a_run_from_training_to_pictures(text, tmp_path, capsys):
 
     last = checkpoints.found(out)[-1]
     last.write_bytes(last.read_bytes()[:500])
-    assert dfn("generate", out, "--tokens", 1) == 0
+    output("generate", out, "--tokens", 1)
     said = capsys.readouterr().err
     assert "step-00000006.safetensors is damaged" in said and "last good checkpoint is" in said
 
@@ -101,10 +112,10 @@ def test_bad_usage_is_2_and_failure_is_1(text, tmp_path, capsys):
     assert "steps must be at least 1, got 0" in failed(capsys, 2, "train", "text", "--steps", 0)
     assert "invalid choice: 'film'" in failed(capsys, 2, "train", "masked", "--field", "film")
     assert "--steps has no meaning here" in failed(capsys, 2, "eval", "photographs", "--steps", 3)
-    assert "no such file or folder" in failed(capsys, 1, "train", "text", "--data", tmp_path / "no", "--out", out)
+    assert "no such file or folder" in failed(capsys, 2, "train", "text", "--data", tmp_path / "no", "--out", out)
     assert "no WAV files in" in failed(capsys, 1, "train", "masked", "--field", "sound", "--data", text, "--out", out)
     assert "holds no checkpoint" in failed(capsys, 1, "generate", tmp_path)
-    assert dfn("train", "joint", "--out", out, "--steps", 1, "--entities", 5, "--quiet", *TINY) == 0
+    assert dfn("train", "joint", "--out", out, "--steps", 1, "--entities", 5, "--quiet", *TINY[:-4], *TINY[-2:]) == 0
     assert "holds a run; --resume goes on with it" in failed(capsys, 2, "train", "joint", "--out", out)
     assert "only text generates" in failed(capsys, 2, "generate", out)
     assert "is a run with kind joint" in failed(capsys, 2, "eval", "text", "--run", out)
@@ -147,7 +158,7 @@ def test_commands_in_the_docs_are_understood(tmp_path):
     assert len(lines) > 10
     for line in lines:
         words = shlex.split(line)
-        words = words[words.index("dfn.cli" if "dfn.cli" in words else "dfn") + 1 :]
+        words = words[words.index("dfn") + 1 :]
         cli.build_parser().parse_args(words)  # exits where it does not understand
     (tmp_path / "run.toml").write_text(*re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
     parser, words = cli.build_parser(), ["train", "--config", str(tmp_path / "run.toml")]

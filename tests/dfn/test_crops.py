@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfn.fields.field import ImageField
-from dfn.runs.crops import Crops, channels_of, files, load_crops, sampler_of
+from dfn.runs.crops import Crops, channels_of, load_crops, sampler_of
 from dfn.runs.joint import CHANNELS, Triples, hide, sample_world
 
 
@@ -67,7 +67,7 @@ def test_files_of_ones_own(tmp_path):
         entities = sampler_of(kind)(field, 5)
         assert entities.states.shape == (2, 5, channels_of(kind))
     with pytest.raises(ValueError, match="no such file or folder"):
-        files(tmp_path / "nothing", (".png",), "pictures")
+        load_crops("image", tmp_path / "nothing", 8)
     with pytest.raises(ValueError, match=r"no pictures in .*c.txt; looked for \.png"):
         load_crops("image", tmp_path / "c.txt", 8)
 

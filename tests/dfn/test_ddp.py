@@ -122,7 +122,7 @@ def test_torchrun_runs_the_command(tmp_path):
     data = tmp_path / "text.txt"
     data.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **HIDDEN}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dfn.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dfn"]
     flags = ["train", "text", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "3", "--dim", "16"]
     done = subprocess.run([*command, *flags], env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

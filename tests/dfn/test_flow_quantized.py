@@ -1,3 +1,4 @@
+import copy
 import io
 
 import pytest
@@ -7,6 +8,7 @@ from helpers import INTERPRETED, same_bits
 from torch import nn
 
 from dfn.flownetwork import FlowLayer, FlowNetwork
+from dfn.models import DFNLanguageModel
 from dfn_kernels import _native
 from dfn_kernels.pattern_route import spread_blocks
 from dfn_kernels.quantized_low_rank import QuantizedLowRank
@@ -51,14 +53,57 @@ def test_the_pages_call_reaches_the_patterns(options):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_saves_loads_and_copies(options):
-    import copy
-
     model, ids = quantise(small(**options)), torch.randint(41, (2, 19))
     twin = quantise(small(**options))
     assert not torch.equal(twin(ids)[0], model(ids)[0])
     twin.load_state_dict(model.state_dict())
     for other in (twin, copy.deepcopy(model), quantise(model)):  # a second time changes nothing
         assert torch.equal(other(ids)[0], model(ids)[0])
+
+
+def test_the_language_model_is_quantised_too():
+    torch.manual_seed(0)
+    model, ids = DFNLanguageModel(41, 64, 2, 4, k=4, memory_size=5).eval(), torch.randint(41, (2, 19))
+    ways = {"torch.ao": lambda m: quantise(m), **{f"torchao {n}": make for n, make in torchao_ways().items()}}
+    for name, way in ways.items():
+        small = way(copy.deepcopy(model))
+        with torch.inference_mode():
+            (exact, memory), (near, told) = model(ids), small(ids)
+            near_again = small(ids, told)[0]
+            assert (near - exact).norm() < 0.1 * exact.norm(), name
+            assert (near_again - model(ids, memory)[0]).norm() < 0.1 * exact.norm(), name
+            one = small.generate(ids[:, :7], 5, temperature=0)
+        assert one.shape == (2, 12) and torch.equal(one[:, 7], small(ids[:, :7])[0][:, -1].argmax(-1)), name
+
+
+def torchao_ways():
+    """Its two int8 configurations, where it is installed."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        return {}
+
+    def way(config):
+        return lambda model: quantize_(model, config()) or model
+
+    return {c.__name__: way(c) for c in (Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig)}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torchao_reaches_the_patterns(options):
+    """The same int8 values and scales in our kernels, whoever made them: by rows, symmetric."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model, ids = small(**options), torch.randint(41, (2, 19))
+    for way in torchao_ways().values():
+        quantised = way(copy.deepcopy(model))
+        with torch.inference_mode():
+            exact, near = model(ids)[0], quantised(ids)[0]
+        assert all(layer.router.int8 is not None for layer in quantised.layers)
+        assert not any("torchao" in type(p).__module__ for n, p in quantised.named_parameters() if "router" in n)
+        if "top_k" not in options:
+            assert (near - exact).norm() < 0.1 * exact.norm()
+        assert torch.equal(copy.deepcopy(quantised)(ids)[0], quantised(ids)[0])
 
 
 def test_hidden_layers_are_a_quarter_in_bytes():
@@ -84,7 +129,7 @@ def test_blocks_left_out_stay_out():
 
 
 def test_what_cannot_be_quantised():
-    with pytest.raises(TypeError, match="quantised patterns must be qint8, got torch.float"):
+    with pytest.raises(TypeError, match="quantised weights must be qint8, got torch.float"):
         quant.quantize_dynamic(small(), {nn.Linear}, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="density is not available with quantised patterns"):
         quantise(small(density=0.1))(torch.randint(41, (2, 19)))

@@ -71,3 +71,17 @@ def test_errors_name_the_argument():
         field_reconstruction(torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"targets must have shape \[2, 3\], got \[2, 4\]"):
         language_modelling(torch.ones(2, 3, 5), torch.zeros(2, 4).long())
+
+
+def test_weights_at_both_ends_of_the_range():
+    """Only their ratios count, however small they are and however many."""
+    states, wanted = torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+    influence = torch.rand(2, 9) + 0.5
+    for scale in (1e-37, 1e-20, 1e30):
+        torch.testing.assert_close(mean_state(states, scale * influence), mean_state(states, influence))
+        torch.testing.assert_close(
+            field_reconstruction(states, wanted, influence=scale * influence),
+            field_reconstruction(states, wanted, influence=influence),
+        )
+    many = torch.ones(1, 70000, 1, dtype=torch.float16)  # their sum is beyond float16
+    assert mean_state(many).item() == pytest.approx(1, abs=2e-2)

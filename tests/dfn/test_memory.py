@@ -189,3 +189,14 @@ def test_errors_name_the_argument():
         PersistentFieldMemory(4, 3, decay=0)
     with pytest.raises(ValueError, match="size must be an integer of at least 1, got 0"):
         PersistentFieldMemory(0, 3)
+
+
+def test_influence_decays_without_a_floor():
+    """Down to the least number there is, what is held stays where it is and what it is."""
+    memory = PersistentFieldMemory(3, 2, 1, decay=0.5)
+    state = memory.write(memory.initial_state(1), torch.tensor([[[7.0]]]), torch.tensor([[[2.0, 3.0]]]))
+    for _ in range(140):
+        state = memory.write(state, torch.full((1, 1, 1), -9.0), torch.zeros(1, 1, 2), torch.zeros(1, 1))
+    assert 0 < state.influence.max() < 1e-40
+    held = state.influence[0].argmax()
+    assert state.positions[0, held].tolist() == [7.0] and state.states[0, held].tolist() == [2.0, 3.0]

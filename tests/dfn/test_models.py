@@ -153,6 +153,24 @@ def test_sample():
     assert abs((drawn == 1).float().mean() - torch.tensor([6.0, 4.0]).softmax(0)[0]) < 0.03
 
 
+def test_sample_at_the_limits():
+    """Ties keep k, the lower ones; any temperature behaves as its limit, and what has no chance keeps none."""
+    tied = torch.tensor([[1.0, 2.0, 2.0, 2.0, -torch.inf]]).expand(3000, 5)
+
+    def drawn(temperature, top_k=None, dtype=torch.float32):
+        found = sample(tied.to(dtype), temperature, top_k, torch.Generator().manual_seed(0))
+        return (found.bincount(minlength=5) / len(found)).tolist()
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert drawn(1.0, 1, dtype) == drawn(0.0, dtype=dtype) == [0, 1, 0, 0, 0]
+        assert drawn(1.0, 2, dtype) == pytest.approx([0, 1 / 2, 1 / 2, 0, 0], abs=0.04)
+        for temperature in (5e-324, 1e-40, 1e-3):
+            assert drawn(temperature, None, dtype) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0], abs=0.04)
+        for temperature in (1e40, 1e308, float("inf")):
+            assert drawn(temperature, None, dtype) == pytest.approx([1 / 4] * 4 + [0], abs=0.04)
+            assert drawn(temperature, 3, dtype) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0], abs=0.04)
+
+
 def test_bad_input():
     model, ids = small(), torch.zeros(1, 4, dtype=torch.int64)
     for arguments, message in (

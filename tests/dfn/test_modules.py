@@ -84,3 +84,35 @@ def test_autocast(name):
     got.float().square().mean().backward()
     for key, p in model.named_parameters():
         assert p.dtype == torch.float32 and (p.grad is None or p.grad.isfinite().all()), key
+
+
+class First(nn.Module):
+    """Of what a model gives the first; and its memory, if it has one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(*inputs)
+        if not isinstance(out, tuple):
+            return (out,)
+        return (out[0], *(out[1] if isinstance(out[1], dfn.MemoryState) else ()))
+
+
+@natively
+@pytest.mark.parametrize("name", [*MODELS, "memory"])
+def test_export_with_any_batch_and_length(name):
+    if name == "memory":
+        model, inputs = dfn.DFNLanguageModel(31, 12, 2, 2, k=4, memory_size=5), (torch.randint(31, (2, 19)),)
+    else:
+        model, inputs = models()[name]
+    model = First(model).eval()
+    batch, length = torch.export.Dim("B", min=2, max=64), torch.export.Dim("N", min=8, max=32)
+    sizes = tuple({0: batch, x.ndim - 2 if x.ndim > 2 else 1: length} for x in inputs)
+    more = tuple(torch.cat([torch.cat([x, x[:1]]).flip(0)] * 2, x.ndim - 2 if x.ndim > 2 else 1) for x in inputs)
+    more = tuple(x.narrow(x.ndim - 2 if x.ndim > 2 else 1, 0, 23) for x in more)
+    program = torch.export.export(model, inputs, dynamic_shapes=(sizes,))
+    with torch.no_grad():
+        for got, want in zip(program.module()(*more), model(*more), strict=True):
+            assert got.shape[0] == 3 and same_bits(got, want)

@@ -61,7 +61,8 @@ def options(name, text, sounds, **more):
         pytest.importorskip("sklearn")
     kind = "text" if name == "memory" else name
     own = {"text": text, "masked": sounds}.get(kind)
-    return Options.of(kind, **{**TINY, **SMALL[name], "data": own, **more})
+    data = {} if own is None else {"data": own}
+    return Options.of(kind, **{**TINY, **SMALL[name], **data, **more})
 
 
 def quiet(options, folder, **more):
@@ -133,10 +134,10 @@ def test_resuming_says_what_disagrees(text, tmp_path):
     quiet(o, tmp_path / "run", every=2)
     with pytest.raises(UsageError, match="holds a run; --resume goes on with it"):
         quiet(o, tmp_path / "run")
-    longer = options("text", text, None, steps=9)
-    with pytest.raises(UsageError, match="steps is 4 in .*, got 9"):
-        quiet(longer, tmp_path / "run", resume=True, given={"steps": 9})
-    assert quiet(longer, tmp_path / "run", resume=True).options.steps == 4
+    other = options("text", text, None, lr=1e-4)
+    with pytest.raises(UsageError, match=r"lr is 0.006 in .*, got 0.0001"):
+        quiet(other, tmp_path / "run", resume=True, given={"lr": 1e-4})
+    assert quiet(other, tmp_path / "run", resume=True).options.lr == 6e-3
     other = tmp_path / "other.txt"
     other.write_bytes(b"something else " * 100)
     checkpoint = checkpoints.load(tmp_path / "run" / "step-00000002.safetensors")
@@ -227,7 +228,7 @@ def kill_at_random(folder, text, chance, longest, *more):
     """Starts or resumes the run and kills it a random time after its first checkpoint; says if it was still running."""
     before = {p.name for p in checkpoints.found(folder)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dfn.cli", *command(folder, text, *more)],
+        [sys.executable, "-m", "dfn", *command(folder, text, *more)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

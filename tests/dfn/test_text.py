@@ -36,15 +36,12 @@ def test_few_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(1, 251)) * 10)
     one = load_corpus(tmp_path / "a.txt")
     assert len(one.train) == 2250 and len(one.held_out) == 250 and bytes(one.held_out.tolist()) == bytes(range(1, 251))
-    (tmp_path / "b.txt").write_text("b" * 300)
-    two = load_corpus(tmp_path)
-    assert len(two.held_out_files) == 1 and len(two.train_files) == 1
 
 
 def test_too_little(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_corpus(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="too little text"):
+    with pytest.raises(ValueError, match="no files in"):
         load_corpus(tmp_path)
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(ValueError, match="too little text"):

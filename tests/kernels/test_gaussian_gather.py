@@ -1,4 +1,5 @@
 import copy
+import importlib
 import itertools
 
 import pytest
@@ -366,19 +367,58 @@ def test_only_the_gradients_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_function_and_second_derivative(backend):
-    inputs = make(B=1, H=1, N=4, M=4, c=3, k=2, queries=False, influence=None, dtype=torch.float64)
-    p, v = inputs["positions"].requires_grad_(), inputs["values"].requires_grad_()
-    out = GaussianGatherFunction.apply(p, p, v, inputs["indices"], inputs["sigma"], None, False, backend)
+def test_function(backend):
+    inputs = make(B=1, H=1, N=4, M=4, c=3, k=2, queries=False, influence=None)
+    p = inputs["positions"]
+    out = GaussianGatherFunction.apply(p, p, inputs["values"], inputs["indices"], inputs["sigma"], None, False, backend)
     with dfn_kernels.use_backend(backend):
         assert same_bits(out, gaussian_gather(**inputs))
-        (grad,) = torch.autograd.grad(gaussian_gather(**inputs).square().sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pieces", ["one", "a query each"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_second_derivative(backend, pieces, normalize, monkeypatch):
+    """Everything by everything."""
+    inputs = make(B=1, H=2, N=5, M=3, D=2, c=3, k=4, dtype=torch.float64)
+    indices = inputs.pop("indices")
+    names = list(inputs)
+    if pieces != "one":
+        monkeypatch.setattr(importlib.import_module("dfn_kernels.gaussian_gather"), "MOST_ROWS", 1)
+
+    def op(*values):
+        return gaussian_gather(indices=indices, normalize=normalize, **dict(zip(names, values, strict=True)))
+
+    with dfn_kernels.use_backend(backend):
+        tensors = [inputs[name].requires_grad_() for name in names]
+        assert torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_by_every_route(backend):
+    """As forces and their training, Hessians and torch.func ask for it."""
+    inputs = make(B=1, H=1, N=5, c=3, k=3, queries=False, dtype=torch.float64)
+    positions = inputs.pop("positions")
+
+    def loss(x):
+        return gaussian_gather(positions=x, **inputs, normalize=True).square().sum()
+
     with dfn_kernels.use_backend("reference"):
-        (grad,) = torch.autograd.grad(gaussian_gather(**inputs).square().sum(), v, create_graph=True)
-        grad.sum().backward()
-    assert v.grad.abs().sum() > 0
+        want = torch.autograd.functional.hessian(loss, positions)
+    assert want.abs().sum() > 0
+    size = positions.numel()
+    with dfn_kernels.use_backend(backend):
+        x = positions.clone().requires_grad_()
+        (force,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        force.square().sum().backward()
+        torch.testing.assert_close(x.grad.flatten(), 2 * want.view(size, size) @ force.detach().flatten())
+        torch.testing.assert_close(torch.autograd.functional.hessian(loss, positions), want)
+        torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(positions), want)
+        v = torch.randn_like(positions)
+        _, product = torch.autograd.functional.vhp(loss, positions, v)
+        torch.testing.assert_close(product.flatten(), want.view(size, size) @ v.flatten())
+        grad = torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(positions)
+        torch.testing.assert_close(grad, product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -148,6 +148,22 @@ def test_export(op, backend):
         assert any("dfn." in str(node.target) for node in program.graph.nodes)
 
 
+def longer(x: Tensor) -> Tensor:
+    """Of [3, 11, ..]: one more in the batch and four more entities, made of those that are there."""
+    return torch.cat([x, x[:1]])[:, torch.arange(15) % 11]
+
+
+@pytest.mark.parametrize("op, backend", [c for c in CASES if "triton" not in c.id or DEVICE != "cpu"])
+def test_export_with_any_batch_and_length(op, backend):
+    module, x = held(op)
+    batch, length = torch.export.Dim("B", min=2, max=64), torch.export.Dim("N", min=8, max=4096)
+    more = {n: longer(t) for n, t in x.items()}
+    with dk.use_backend(backend):
+        program = torch.export.export(module, (x,), dynamic_shapes=({n: {0: batch, 1: length} for n in x},))
+        want = module(more)
+    assert same_bits(program.module()(more), want)
+
+
 @pytest.mark.parametrize("op, backend", CASES)
 def test_checkpointing(op, backend):
     module, x = held(op)

@@ -10,15 +10,15 @@ from helpers import INTERPRETED
 from bench import host_cost, report
 from bench.__main__ import main
 from bench.cases import CASES, Case
-from bench.measure import Row, compare, fill, run_case
+from bench.measure import Row, compare, fill, goal_of, run_case
 from bench.timing import peak_growth_mib, time_rounds
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter is no contender")
 # cases that differ in size only, once
-SMALL = {(case.layer or case.op) + str(case.small): case for case in CASES}.values()
+SMALL = {(case.layer or case.op) + case.variant + str(case.small): case for case in CASES}.values()
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.layer or case.op)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: (case.layer or case.op) + case.variant)
 def test_case(case):
     rows = run_case(case, small=True, seconds=0, skip=("embedding_bag, compiled weights", "compiled"))
     assert {row.who for row in rows} >= set(case.peers) - {"embedding_bag, compiled weights"}
@@ -34,6 +34,19 @@ def test_wrong_result_gets_no_time():
     wrong = Case(**{**vars(case), "peers": {"off by 1 %": lambda **inputs: 1.01 * case.ours(**inputs)}})
     rows = [row for row in run_case(wrong, small=True, seconds=0) if row.who == "off by 1 %"]
     assert [(row.ms, row.note) for row in rows] == [(None, "wrong result")]
+
+
+def test_goals_stand_beside_what_was_measured():
+    """On the machine that they are for, a GPU; elsewhere there is none."""
+    case = next(case for case in CASES if case.variant == "-plan" and case.goals)
+    assert set(case.goals) <= {
+        f"{mode} {dtype}" for mode in ("forward", "training") for dtype in ("bfloat16", "float32")
+    }
+    row = Row(
+        case.name, case.op, "native", "forward", "bfloat16", ms=3.0, goal=goal_of(case, "forward", "bfloat16", "cuda")
+    )
+    assert row.goal == case.goals["forward bfloat16"] and format(row.goal, ".2f") in report.plain([row])
+    assert all(row.goal is None for row in run_case(case, small=True, seconds=0))
 
 
 def test_rounds_take_turns_and_ratios_are_of_the_same_turn():
@@ -93,3 +106,17 @@ def test_scaling(tmp_path):
     assert all([n for n, _ in row["points"]] == [4096, 8192] for row in rows)
     scaling.plot(rows, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_a_result_that_is_none_is_said_in_one_line(tmp_path, capsys):
+    from bench.__main__ import main
+
+    (tmp_path / "x.json").write_text("{}")
+    for path, message in (
+        (tmp_path / "missing.json", "cannot be read: No such file"),
+        (tmp_path / "x.json", "is no result"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["compare", str(path), str(path)])
+        said = capsys.readouterr().err.strip().splitlines()
+        assert error.value.code == 2 and message in said[-1] and "Traceback" not in "".join(said)

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 
 #include "common/tensors.h"
 #include "cpu/knn/memory.h"
@@ -21,7 +20,7 @@ class Array {
  public:
   Array() = default;
   explicit Array(int64_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T) + 1))) {
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw OutOfMemory(static_cast<double>(n) * sizeof(T));
     knn::prefer_large_pages(data_, n * sizeof(T));
   }
   Array(Array&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }

@@ -10,7 +10,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr int64_t kMaxChunks = 64;  // partial sums of the gradient to the weight; also what threads can share out
@@ -38,9 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& states, const Tensor& p
   const auto real = weight.scalar_type();
   check_dense(positions, "positions", real, {g.B, g.H, g.N, g.D});
   if (bias) check_dense(*bias, "bias", real, {g.H, g.D});
-  Tensor out_positions = new_empty(positions, {g.B, g.H, g.N, g.D});
-  Tensor flow = new_empty(positions, {g.B, g.H, g.N, g.D});
-  Tensor energy = new_empty(positions, {g.B, g.H, g.N});
+  Tensor out_positions = allocate(positions, {g.B, g.H, g.N, g.D});
+  Tensor flow = allocate(positions, {g.B, g.H, g.N, g.D});
+  Tensor energy = allocate(positions, {g.B, g.H, g.N});
   g.positions = positions.data_ptr();
   g.bias = bias ? bias->data_ptr() : nullptr;
   g.out_positions = out_positions.data_ptr();
@@ -70,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_positions
   const int64_t rows = g.B * g.N;
   g.chunk = rows / kMaxChunks > 256 ? (rows + kMaxChunks - 1) / kMaxChunks : 256;
   const int64_t chunks = (rows + g.chunk - 1) / g.chunk;
-  Tensor part_weight = new_empty(weight, {chunks, g.H, g.D, g.d});
-  Tensor part_bias = new_empty(weight, {chunks, g.H, g.D});
-  Tensor part_alpha = new_empty(weight, {chunks, g.H});
-  Tensor grad_states = new_empty(states, {g.B, g.N, g.d});
+  Tensor part_weight = allocate(weight, {chunks, g.H, g.D, g.d});
+  Tensor part_bias = allocate(weight, {chunks, g.H, g.D});
+  Tensor part_alpha = allocate(weight, {chunks, g.H});
+  Tensor grad_states = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(grad_states);
   g.grad_positions = grad_positions.data_ptr();
   g.grad_flow = grad_flow.data_ptr();

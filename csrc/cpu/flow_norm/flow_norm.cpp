@@ -12,7 +12,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 enum class Mode { mean, causal, entity };
@@ -98,7 +97,7 @@ NormProblem describe(const Tensor& states, const Tensor& energy, const std::opti
 }
 
 Tensor scale_of(NormProblem& g, const Tensor& energy, double eps, Mode mode) {
-  Tensor scale = new_empty(energy, {g.B, g.N});
+  Tensor scale = allocate(energy, {g.B, g.N});
   g.scale = scale.data_ptr();
   if (g.accumulate == Dtype::f64)
     fill_scale(g, static_cast<const double*>(energy.data_ptr()), eps, mode, static_cast<double*>(scale.data_ptr()));
@@ -111,7 +110,7 @@ Tensor forward(const Tensor& states, const Tensor& energy, const std::optional<T
                std::string mode) {
   NormProblem g = describe(states, energy, lengths);
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
-  Tensor out = new_empty(states, {g.B, g.N, g.d});
+  Tensor out = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(out);
   g.out = rows_of(torch::stable::unsqueeze(out, 1), "out");
   parallel_for(0, g.B * g.N, grain_size(g.d), [&](int64_t begin, int64_t end) {
@@ -127,10 +126,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& states, co
   check_shape(grad, "grad", {g.B, g.N, g.d});
   STD_TORCH_CHECK(grad.scalar_type() == states.scalar_type(), "grad: expected the dtype of states");
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
-  Tensor along = new_empty(energy, {g.B, g.N});
-  Tensor grad_states = new_empty(states, {g.B, g.N, g.d});
+  Tensor along = allocate(energy, {g.B, g.N});
+  Tensor grad_states = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(grad_states);
-  Tensor grad_energy = new_empty(energy, {g.B, g.N});
+  Tensor grad_energy = allocate(energy, {g.B, g.N});
   g.grad = rows_of(torch::stable::unsqueeze(grad, 1), "grad");
   g.grad_states = rows_of(torch::stable::unsqueeze(grad_states, 1), "grad_states");
   g.along = along.data_ptr();

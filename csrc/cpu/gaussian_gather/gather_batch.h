@@ -16,8 +16,19 @@ struct Query {
   const V* const* rows;   // [count] their values
   const A* gauss;         // [count] exp(-|q - p|^2 / (2 sigma^2)), relative to the nearest if normalised, times `factor`
   const A* weight;        // [count] gauss * influence: what the value is multiplied by
-  const A* sq_dist;       // [count]
+  const A* exponent;      // [count] |q - p|^2 / (2 sigma^2), less that of the nearest if normalised, at most kFar
 };
+
+constexpr float kFar = 1e4f;  // exp(-kFar) is 0
+
+// sigma within WIDTHS of reference/gaussian_gather.py
+template <class A>
+inline A width_of(const GatherProblem& g) {
+  constexpr A low = sizeof(A) == 8 ? A(0x1p-496) : A(0x1p-56), high = sizeof(A) == 8 ? A(0x1p511) : A(0x1p63);
+  const A sigma = static_cast<A>(g.sigma), size = sigma < 0 ? -sigma : sigma;
+  const A width = size < low ? low : size > high ? high : size;
+  return sigma < 0 ? -width : width;
+}
 
 template <class A, int kDims>
 inline void squared_distances(const A* positions, int64_t D, const A* q, int64_t count, const int64_t* index, A* out) {
@@ -49,7 +60,7 @@ class Batch {
 
   explicit Batch(const GatherProblem& g)
       : g_(g), k_(g.k), index_(kQueries * (g.k + 1)), slot_(kQueries * (g.k + 1)), every_slot_(g.k), rows_(kQueries * g.k),
-        sq_dist_(kQueries * g.k), gauss_(kQueries * g.k), weight_(kQueries * g.k) {
+        exponent_(kQueries * g.k), gauss_(kQueries * g.k), weight_(kQueries * g.k) {
     for (int64_t s = 0; s < k_; ++s) every_slot_[s] = s;
   }
 
@@ -60,18 +71,20 @@ class Batch {
       find_neighbors(b, i);
       find_distances(b, i);
     }
-    const A sigma = static_cast<A>(g_.sigma), scale = A(-0.5) / (sigma * sigma);
+    const A width = width_of<A>(g_), scale = A(0.5) / (width * width);
     for (int b = 0; b < n; ++b) {
-      const A* sq_dist = sq_dist_.data + b * k_;
-      A* gauss = gauss_.data + b * k_;
-      A shift = 0;
+      A *exponent = exponent_.data + b * k_, *gauss = gauss_.data + b * k_, least = 0;
       if (g_.normalize && query[b].count > 0) {
-        A least = sq_dist[0];
+        least = exponent[0];
         for (int64_t s = 1; s < query[b].count; ++s)
-          if (sq_dist[s] < least) least = sq_dist[s];
-        if (scale * least > -INFINITY) shift = scale * least;
+          if (exponent[s] < least) least = exponent[s];
+        if (least == INFINITY) least = 0;
       }
-      for (int64_t s = 0; s < k_; ++s) gauss[s] = scale * sq_dist[s] - shift;
+      for (int64_t s = 0; s < k_; ++s) {
+        const A x = (exponent[s] - least) * scale;
+        exponent[s] = x > A(kFar) ? A(kFar) : x;
+        gauss[s] = -exponent[s];
+      }
     }
     exp_nonpositive(gauss_.data, n * k_);
     for (int b = 0; b < n && (g_.influence || g_.normalize); ++b) weigh(b);
@@ -90,7 +103,7 @@ class Batch {
       rows[s] = values + (inside ? row[s] : 0) * stride;
     }
     A *gauss = gauss_.data + b * k, *weight = g_.influence ? weight_.data + b * k : gauss;
-    query[b] = {i, k, row, every_slot_.data, rows, gauss, weight, sq_dist_.data + b * k};
+    query[b] = {i, k, row, every_slot_.data, rows, gauss, weight, exponent_.data + b * k};
     if (all) return;
     int64_t *index = index_.data + b * (k + 1), *slot = slot_.data + b * (k + 1), count = 0;
     bool right = true;
@@ -110,7 +123,7 @@ class Batch {
 
   void find_distances(int b, int64_t i) {
     const int64_t count = query[b].count, *index = query[b].index;
-    A* out = sq_dist_.data + b * k_;
+    A* out = exponent_.data + b * k_;  // squared distances so far
     const A *positions = static_cast<const A*>(g_.positions), *q = static_cast<const A*>(g_.queries) + i * g_.D;
     if (g_.sq_dists) {
       const A* known = static_cast<const A*>(g_.sq_dists) + i * k_;
@@ -123,7 +136,7 @@ class Batch {
         default: squared_distances<A, 0>(positions, g_.D, q, count, index, out);
       }
     }
-    for (int64_t s = count; s < k_; ++s) out[s] = 0;
+    for (int64_t s = count; s < k_; ++s) out[s] = INFINITY;
   }
 
   // Influence, and the division by the sum of the weights
@@ -146,7 +159,7 @@ class Batch {
   const int64_t k_;
   Scratch<int64_t> index_, slot_, every_slot_;
   Scratch<const V*> rows_;
-  Scratch<A> sq_dist_, gauss_, weight_;
+  Scratch<A> exponent_, gauss_, weight_;
 };
 
 }  // namespace dfn::DFN_ISA

@@ -15,7 +15,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
@@ -181,7 +180,7 @@ void backward_hubs(const GatherProblem& g, const Tensor& like) {
     const int64_t count = g.starts[j + 1] - g.starts[j];
     if (count <= kHub) continue;
     const int64_t pieces = (count + kHub - 1) / kHub, size = g.c + g.D + 1;
-    Tensor sums = new_empty(like, {pieces, size});
+    Tensor sums = allocate(like, {pieces, size});
     char* data = static_cast<char*>(sums.data_ptr());
     parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
@@ -216,12 +215,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   STD_TORCH_CHECK(grad.scalar_type() == values.scalar_type(), "grad: expected the dtype of values");
   all.grad = rows_of(grad, "grad");
-  const auto nothing = [&] { return new_empty(positions, {0}); };  // one each: outputs may not share memory
-  Tensor grad_positions = wanted & 1 ? new_empty(positions, {B, H, N, D}) : nothing();
-  Tensor grad_queries = wanted & 2 ? new_empty(positions, {B, H, M, D}) : nothing();
-  Tensor grad_values = wanted & 4 ? empty_rows(values, B, H, N, c) : new_empty(values, {0});
-  Tensor grad_sigma_rows = wanted & 8 ? new_empty(positions, {B, H, M}) : nothing();
-  Tensor grad_influence = influence && wanted & 16 ? new_empty(positions, {B, H, N}) : nothing();
+  const auto nothing = [&] { return allocate(positions, {0}); };  // one each: outputs may not share memory
+  Tensor grad_positions = wanted & 1 ? allocate(positions, {B, H, N, D}) : nothing();
+  Tensor grad_queries = wanted & 2 ? allocate(positions, {B, H, M, D}) : nothing();
+  Tensor grad_values = wanted & 4 ? empty_rows(values, B, H, N, c) : allocate(values, {0});
+  Tensor grad_sigma_rows = wanted & 8 ? allocate(positions, {B, H, M}) : nothing();
+  Tensor grad_influence = influence && wanted & 16 ? allocate(positions, {B, H, N}) : nothing();
   all.grad_positions = wanted & 1 ? grad_positions.data_ptr() : nullptr;
   all.grad_queries = wanted & 2 ? grad_queries.data_ptr() : nullptr;
   if (wanted & 4) prefer_huge_pages(grad_values);
@@ -293,7 +292,7 @@ Tensor order_op(const Tensor& points) {
   STD_TORCH_CHECK(real == ScalarType::Float || real == ScalarType::Double, "points: expected float32 or float64");
   check_dense(points, "points", real, {points.size(0), points.size(1), n, D});
   STD_TORCH_CHECK(n >> 31 == 0, "points: expected fewer than 2^31");
-  Tensor order = new_empty(points, {points.size(0), points.size(1), n}, ScalarType::Int);
+  Tensor order = allocate(points, {points.size(0), points.size(1), n}, ScalarType::Int);
   const int64_t item = real == ScalarType::Double ? 8 : 4;
   parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
     for (int64_t list = begin; list < end; ++list) {
@@ -318,8 +317,8 @@ std::tuple<Tensor, Tensor> lists_op(const Tensor& indices, const Tensor& query_o
   check_dense(query_order, "query_order", ScalarType::Int, {B, H, M});
   check_dense(entity_order, "entity_order", ScalarType::Int, {B, H, N});
   const bool wide = M * k >> 32;
-  Tensor starts = new_empty(indices, {B, H, N + 1}, ScalarType::Long);
-  Tensor slots = new_empty(indices, {B, H, M, k}, wide ? ScalarType::Long : ScalarType::Int);
+  Tensor starts = allocate(indices, {B, H, N + 1}, ScalarType::Long);
+  Tensor slots = allocate(indices, {B, H, M, k}, wide ? ScalarType::Long : ScalarType::Int);
   parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t list = begin; list < end; ++list) {
       const Incoming in = incoming_edges(list_of<int64_t>(indices, list, M * k), M, k, N,

@@ -15,7 +15,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 
 // Which of the rows [B, N] and [B, M] belong together. Without offsets a batch entry is one set, as long as `lengths`
 // says; with offsets, which all entries share, it is several, one after another.
@@ -154,8 +153,8 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
   if (query_ptr && (causal || !include_self))
     for (int64_t s = 0; s <= sets.S; ++s)
       STD_TORCH_CHECK(sets.ptr[s] == sets.query_ptr[s], "query_ptr: expected like ptr, causal or without self");
-  Tensor ids = new_empty(points, {B, M, k}, ScalarType::Long);
-  Tensor dists = new_empty(points, {B, M, k});
+  Tensor ids = allocate(points, {B, M, k}, ScalarType::Long);
+  Tensor dists = allocate(points, {B, M, k});
   knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
   knn::prefer_large_pages(dists.data_ptr(), B * M * k * (real == ScalarType::Float ? 4 : 8));
   std::shared_ptr<Index> built;

@@ -3,12 +3,13 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 #include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "common/out_of_memory.h"
 
 namespace dfn::knn {
 
@@ -32,7 +33,7 @@ class Buffer {
   explicit Buffer(int64_t n) : size_(n) {
     // No byte more than asked for: AddressSanitizer then sees the end.
     void* data = nullptr;
-    if (posix_memalign(&data, 64, n * sizeof(T)) != 0) throw std::bad_alloc();
+    if (posix_memalign(&data, 64, n * sizeof(T)) != 0) throw OutOfMemory(static_cast<double>(n) * sizeof(T));
     data_ = static_cast<T*>(data);
     prefer_large_pages(data_, n * sizeof(T));
   }

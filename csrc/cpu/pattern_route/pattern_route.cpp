@@ -10,7 +10,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr int64_t kTokens = 512;   // of a block; one block's packed tokens and sums stay in the cache
@@ -122,7 +121,7 @@ Tensor forward(const Tensor& x, const Tensor& weights, const Tensor& patterns, c
   g.wide = wide;
   if (bias) check_dense(*bias, "bias", weights.scalar_type(), {g.O});
   g.bias = bias ? bias->data_ptr() : nullptr;
-  Tensor out = new_empty(wide ? weights : x, {g.T, g.O});
+  Tensor out = allocate(wide ? weights : x, {g.T, g.O});
   g.out = out.data_ptr();
 
   const Blocks tokens = token_blocks(g);
@@ -150,10 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   g.grad = matrix_of(grad, "grad", g.T, g.O);
   g.wide = grad.scalar_type() != x.scalar_type();
   STD_TORCH_CHECK(!g.wide || grad.scalar_type() == weights.scalar_type(), "grad: expected the dtype of x or of weights");
-  Tensor grad_x = need_tokens ? new_empty(x, {g.T, g.I}) : new_empty(x, {0});
-  Tensor grad_weights = need_tokens ? torch::stable::new_zeros(weights, {g.T, g.P}) : new_empty(weights, {0});
-  Tensor grad_patterns = need_patterns ? new_empty(patterns, {g.P, g.O, g.I}) : new_empty(patterns, {0});
-  Tensor grad_bias = new_empty(weights, {need_bias ? g.O : 0});
+  Tensor grad_x = need_tokens ? allocate(x, {g.T, g.I}) : allocate(x, {0});
+  Tensor grad_weights = need_tokens ? torch::stable::new_zeros(weights, {g.T, g.P}) : allocate(weights, {0});
+  Tensor grad_patterns = need_patterns ? allocate(patterns, {g.P, g.O, g.I}) : allocate(patterns, {0});
+  Tensor grad_bias = allocate(weights, {need_bias ? g.O : 0});
   g.grad_x = grad_x.data_ptr();
   g.grad_patterns = grad_patterns.data_ptr();
   g.grad_bias = grad_bias.data_ptr();

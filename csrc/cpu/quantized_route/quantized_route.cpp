@@ -11,7 +11,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr int64_t kPanelsPerTask = 36;
@@ -40,9 +39,9 @@ Tensor forward(const Tensor& x, const Tensor& weights, const Tensor& patterns, c
   if (bias) check_dense(*bias, "bias", ScalarType::Float, {g.O});
   g.panel = g.T <= 1 ? 1 : g.T <= 2 ? 2 : g.T <= 4 ? 4 : g.T <= 8 ? 8 : 14;
   const int64_t panels = (g.T + g.panel - 1) / g.panel;
-  Tensor tokens = new_empty(x, {panels, g.quads, g.panel, 4}, ScalarType::Byte);
-  Tensor token_scales = new_empty(x, {g.T});
-  Tensor out = new_empty(x, {g.T, g.O});
+  Tensor tokens = allocate(x, {panels, g.quads, g.panel, 4}, ScalarType::Byte);
+  Tensor token_scales = allocate(x, {g.T});
+  Tensor out = allocate(x, {g.T, g.O});
   g.vnni = multiplies_quads_of_bytes();
   g.x = static_cast<const float*>(x.data_ptr());
   g.weights = static_cast<const float*>(weights.data_ptr());
@@ -129,8 +128,8 @@ std::tuple<Tensor, Tensor> low_rank(const Tensor& x, const Tensor& down, const T
   if (bias) check_dense(*bias, "bias", ScalarType::Float, {O});
   const Int8Matrix first = matrix(down, down_scales, down_sums, rows, I, "down");
   const Int8Matrix second = matrix(up, up_scales, up_sums, O, P * r, "up");
-  Tensor out = new_empty(x, {T, O});
-  Tensor weights = new_empty(x, {T, P});
+  Tensor out = allocate(x, {T, O});
+  Tensor weights = allocate(x, {T, P});
   const float* features = static_cast<const float*>(x.data_ptr());
   const float* shift = static_cast<const float*>(selector_bias.data_ptr());
   const float* plus = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;

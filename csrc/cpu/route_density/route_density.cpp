@@ -9,7 +9,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 DensityProblem describe(const Tensor& x, const Tensor& weights, const Tensor& patterns, const Tensor& threshold) {
@@ -45,8 +44,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weights, const
   DensityProblem g = describe(x, weights, patterns, threshold);
   if (bias) check_dense(*bias, "bias", x.scalar_type(), {g.O});
   g.bias = bias ? bias->data_ptr() : nullptr;
-  Tensor out = new_empty(x, {g.T, g.O});
-  Tensor kept = new_empty(x, {g.T}, ScalarType::Long);
+  Tensor out = allocate(x, {g.T, g.O});
+  Tensor kept = allocate(x, {g.T}, ScalarType::Long);
   g.out = out.data_ptr();
   g.kept = static_cast<int64_t*>(kept.data_ptr());
   for_blocks_of_tokens(g, [&](int64_t begin, int64_t end) { DFN_CALL_ISA(density_forward, g, begin, end); });
@@ -59,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   DensityProblem g = describe(x, weights, patterns, threshold);
   check_dense(grad, "grad", x.scalar_type(), {g.T, g.O});
   g.grad = grad.data_ptr();
-  Tensor grad_x = new_empty(x, {g.T, g.I}), grad_weights = new_empty(x, {g.T, g.P});
-  Tensor grad_patterns = new_empty(x, {g.P, g.O, g.I});
+  Tensor grad_x = allocate(x, {g.T, g.I}), grad_weights = allocate(x, {g.T, g.P});
+  Tensor grad_patterns = allocate(x, {g.P, g.O, g.I});
   g.grad_x = grad_x.data_ptr();
   g.grad_weights = grad_weights.data_ptr();
   g.grad_patterns = grad_patterns.data_ptr();
@@ -77,7 +76,7 @@ Tensor magnitude_above(const Tensor& mixed, int64_t keep) {  // [T, S] -> [T]
   const Dtype dtype = dtype_of(mixed);
   STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "mixed: expected float32 or float64");
   STD_TORCH_CHECK(keep >= 0 && keep < S, "keep: out of range");
-  Tensor out = new_empty(mixed, {T});
+  Tensor out = allocate(mixed, {T});
   parallel_for(0, T, grain_size(8 * S), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(magnitude_above, dtype, mixed.data_ptr(), S, keep, begin, end, out.data_ptr());
   });

@@ -10,6 +10,18 @@ namespace dfn::ptx {
 inline char* shared_memory() { return emulator::block().shared; }
 inline void keep_here(unsigned&) {}
 
+// ---- memory ---------------------------------------------------------------------------------------------------------
+inline uint4 load_16_bytes(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("ld.global.v4: misaligned");
+  return *static_cast<const uint4*>(p);
+}
+template <class T>
+T add_atomically(T* to, T x) {
+  const T before = *to;
+  *to += x;
+  return before;
+}
+
 // ---- cp.async -------------------------------------------------------------------------------------------------------
 template <int Bytes>
 void copy_async(void* shared, const void* global, int valid) {

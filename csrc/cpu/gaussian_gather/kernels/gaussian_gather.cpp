@@ -50,7 +50,7 @@ bool forward(const GatherProblem& g, int64_t begin, int64_t end) {
 
 template <class A, class V>
 void backward_query(const GatherProblem& g, const Query<A, V>& query, int64_t turn, A* along) {
-  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
+  const A width = width_of<A>(g), precision = 1 / (width * width);
   const int64_t i = query.i, count = query.count;
   if (g.slopes) {
     dots<A, V>(count, g.c, static_cast<const V*>(g.grad) + i * g.grad_stride, query.rows, along);
@@ -84,8 +84,8 @@ void backward_query(const GatherProblem& g, const Query<A, V>& query, int64_t tu
   }
   if (g.grad_sigma_rows) {
     A total = 0;
-    for (int64_t s = 0; s < count; ++s) total += query.weight[s] * along[s] * query.sq_dist[s];
-    static_cast<A*>(g.grad_sigma_rows)[i] = total * precision / sigma;
+    for (int64_t s = 0; s < count; ++s) total += query.weight[s] * along[s] * query.exponent[s];
+    static_cast<A*>(g.grad_sigma_rows)[i] = 2 * total / width;
   }
 }
 
@@ -115,7 +115,8 @@ template <class A, int kDims>
 inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_t last, A* grad_p, A* grad_influence) {
   const Edge<A>* edges = static_cast<const Edge<A>*>(g.edges);
   const A* queries = static_cast<const A*>(g.queries);
-  A total[kDims > 0 ? kDims : 1] = {}, influence = 0;
+  A total[kDims > 0 ? kDims : 1] = {};
+  double influence = 0;  // thousands of edges of a hub, one after the other, and nothing that shrinks with distance
   for (int64_t e = first; e < last; ++e) {
     const A slope = edges[e].slope, *q = queries + query_of(g, edges[e]) * (kDims > 0 ? kDims : g.D);
     if constexpr (kDims > 0)
@@ -126,7 +127,7 @@ inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_
   }
   if constexpr (kDims > 0)
     for (int a = 0; a < kDims; ++a) grad_p[a] += total[a];
-  *grad_influence += influence;
+  *grad_influence += static_cast<A>(influence);
 }
 template <class A>
 inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_t last, A* grad_p, A* grad_influence) {
@@ -155,7 +156,7 @@ struct List {
 
 template <class A>
 inline void finish(const GatherProblem& g, int64_t j, const A* grad_p, A grad_influence) {
-  const A sigma = static_cast<A>(g.sigma), precision = 1 / (sigma * sigma);
+  const A width = width_of<A>(g), precision = 1 / (width * width);
   if (g.grad_positions)
     for (int64_t a = 0; a < g.D; ++a) static_cast<A*>(g.grad_positions)[j * g.D + a] = grad_p[a] * precision;
   if (g.grad_influence) static_cast<A*>(g.grad_influence)[j] = grad_influence;

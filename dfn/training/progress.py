@@ -1,0 +1,87 @@
+"""Bars: of training, and of whatever else takes longer than a second."""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Quiet:
+    """What a bar of tqdm is used like where there is none."""
+
+    def __init__(self, items: Iterable[Any] = ()):
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def nothing(self, *_: object, **__: object) -> None: ...
+
+    update = set_description = set_postfix = set_postfix_str = nothing
+
+
+def progress_bar(items: Iterable[Any] | None = None, on: bool = True, **options: Any) -> Any:
+    """A bar of tqdm that goes away when it is done; a `Quiet` one if it is not wanted, or tqdm not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        on = False
+    return tqdm(items, leave=False, **options) if on else Quiet(() if items is None else items)
+
+
+def shown(items: Iterable[T], what: str, on: bool = True) -> Iterable[T]:
+    """The items; with ``on``, after a second, a bar on the standard error says how many are done."""
+    return progress_bar(items, on, desc=what, delay=1.0, dynamic_ncols=True, mininterval=_interval())
+
+
+def _interval() -> float:
+    return 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+
+
+class TrainingBar:
+    """A bar over the steps or seconds of a `Trainer`: the loss, smoothed, tokens per second, the most memory so far."""
+
+    def __init__(self, trainer: Any):
+        from tqdm import tqdm
+
+        self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
+        self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
+        form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
+        self.bar = tqdm(total=1000, desc="training", mininterval=_interval(), dynamic_ncols=True, bar_format=form)
+
+    def update(self, value: float, rate: float) -> None:
+        t = self.trainer
+        self.loss, self.weight = 0.95 * self.loss + 0.05 * value, 0.95 * self.weight + 0.05
+        parts = [
+            f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
+            f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
+            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
+            *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
+            f"{rate:,.0f} tokens/s",
+            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
+        ]
+        self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        self.bar.update(round(1000 * t.progress) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
