@@ -102,4 +102,5 @@ class Options:
 
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
-OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without")  # which not every kind has a use for
+# which not every kind has a use for
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without")

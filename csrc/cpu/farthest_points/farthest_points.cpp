@@ -74,7 +74,7 @@ Tensor farthest_points(const Tensor& points, const Tensor& ptr, const Tensor& ou
   const int64_t S = ptr.size(0) - 1;
   STD_TORCH_CHECK(out_ptr.size(0) == S + 1, "out_ptr: expected as many as ptr");
   if (start) check_dense(*start, "start", ScalarType::Long, {S});
-  Tensor out = torch::stable::new_empty(points, {total}, ScalarType::Long);
+  Tensor out = allocate(points, {total}, ScalarType::Long);
   const auto ints = [](const Tensor& x) { return static_cast<const int64_t*>(x.data_ptr()); };
   const auto sets = real == ScalarType::Float ? run<float> : run<double>;
   sets(points, ints(ptr), ints(out_ptr), start ? ints(*start) : nullptr, S, out);

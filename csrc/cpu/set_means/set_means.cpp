@@ -7,7 +7,6 @@
 namespace dfn {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 // body(b, first, end) for every set of every batch entry, on all threads.
@@ -61,7 +60,7 @@ void grads(const Tensor& grad, const Tensor& ptr, bool causal, Tensor& out) {
 
 Tensor set_means(const Tensor& values, const Tensor& ptr, bool causal) {
   check(values, ptr);
-  Tensor out = new_empty(values, {values.size(0), values.size(1)});
+  Tensor out = allocate(values, {values.size(0), values.size(1)});
   values.scalar_type() == ScalarType::Float ? means<float>(values, ptr, causal, out)
                                             : means<double>(values, ptr, causal, out);
   return out;
@@ -69,7 +68,7 @@ Tensor set_means(const Tensor& values, const Tensor& ptr, bool causal) {
 
 Tensor set_means_backward(const Tensor& grad, const Tensor& ptr, bool causal) {
   check(grad, ptr);
-  Tensor out = new_empty(grad, {grad.size(0), grad.size(1)});
+  Tensor out = allocate(grad, {grad.size(0), grad.size(1)});
   grad.scalar_type() == ScalarType::Float ? grads<float>(grad, ptr, causal, out)
                                           : grads<double>(grad, ptr, causal, out);
   return out;
