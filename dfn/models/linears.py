@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 
 def is_torchao(weight: object) -> bool:
+    if type(weight) in (Tensor, nn.Parameter):  # first: torch.compile reads no module's name
+        return False
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 

@@ -60,7 +60,7 @@ def test_mixer(causal):
     mixer = FlowMixer(12, 4, 6, causal).double()
     check_each_alone(mixer, lambda x: mixer(x, ptr=PTR), mixer, [torch.randn(2, N, 12).double()])
     with pytest.raises(ValueError, match="key_padding_mask must be None with ptr"):
-        mixer(torch.randn(1, N, 12).double(), torch.zeros(1, N, dtype=torch.bool), PTR)
+        mixer(torch.randn(1, N, 12).double(), torch.zeros(1, N, dtype=torch.bool), ptr=PTR)
 
 
 def test_time_begins_with_each():
