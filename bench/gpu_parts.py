@@ -28,7 +28,7 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
-from .gpu_profile import profiled_cases
+from .gpu_profile import profiled_cases, profiled_searches
 from .measure import run_case
 from .timing import captured, ceilings
 
@@ -464,8 +464,7 @@ def parse_counters(text: str) -> list[dict]:
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
     "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
-    "profile": profiled_cases, "profiled": profiled,
-    "counters": counters,
+    "profile": profiled_cases, "searches": profiled_searches, "profiled": profiled, "counters": counters,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Where the time of an op goes on a GPU: kernels by time, launches, what the host adds. A part of the GPU suite."""
 
+import itertools
 import json
 import os
 import statistics
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+import dfn_kernels as dk
 
 from .cases import CASES, Case
 from .timing import captured, time_ms
@@ -77,6 +80,35 @@ def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] 
             if path := os.environ.get("DFN_SUITE_FACTS"):
                 Path(path).write_text(json.dumps(rows))
     return f"{len(rows)} profiled"
+
+
+def profiled_searches(
+    device: str = "cuda", sizes: tuple[int, ...] = (2048, 8192, 32_768, 131_072, 1_000_000), k: int = 16
+) -> str:
+    """Searches of every size: the time of a call, of each of its kernels, and how many launches it takes."""
+    rows = []
+    for N, D, causal in itertools.product(sizes, (2, 3), (False, True)):
+        positions = torch.rand(N, D, device=device)
+
+        def run(positions=positions, causal=causal):
+            return dk.knn(positions, k, causal=causal)
+
+        run()
+        row = {"N": N, "D": D, "causal": causal, "eager_ms": statistics.median(time_ms(run, device, 0.05))}
+        row |= busy(run, device)
+        if device == "cuda":
+            row["graph_ms"] = graphed_ms(run)
+        rows.append(row)
+        print(
+            f"knn N={N} D={D} k={k}{', causal' if causal else ''}: {row['eager_ms']:.3f} ms, graph "
+            f"{row.get('graph_ms', 0):.3f} ms, kernels {row['ms']:.3f} ms in {row['launches']} launches",
+            flush=True,
+        )
+        for name, ms, count in row["kernels"]:
+            print(f"    {ms:8.3f} ms {count:4d} x {name}", flush=True)
+        if path := os.environ.get("DFN_SUITE_FACTS"):
+            Path(path).write_text(json.dumps(rows))
+    return f"{len(rows)} searches"
 
 
 def no_grad(run: Callable[[], object]) -> object:

@@ -88,6 +88,7 @@ def all_parts(out: Path) -> list[Part]:
         Part("train", own("train"), 120, "train", alone=True),
         Part("benchmark", own("benchmark", str(out)), 280, "benchmark", alone=True),
         Part("profile", own("profile"), 150, "profile", alone=True),
+        Part("searches", own("searches"), 60, "profile", alone=True),
         Part("host cost", (sys.executable, "-m", "bench.host_cost"), 60, "profile", alone=True),
         Part("counters", own("counters", str(counters)), 60, "counters", alone=True, missing=absent),
     ]

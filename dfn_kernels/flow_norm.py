@@ -169,6 +169,9 @@ def flow_norm(
         lengths = shaped(lengths, B)
     if ptr is not None and mode != "entity":  # the pass over the states is that of means which are known
         energy, mode = set_means(energy, ptr, mode == "causal"), "entity"
+    # A number given to an op is a constant of the program, which an exported one wants; a term of the mean is not.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        energy, eps = energy + eps, 0.0
 
     backend = _backends.choose(OP, states.device.type)
     if backend == "reference":

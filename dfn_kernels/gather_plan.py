@@ -107,7 +107,7 @@ def fits(op: str, plan: GatherPlan, entities: int) -> None:
     """A plan that was made for other sizes would be found out in the backward pass only."""
     if plan.starts is None:
         return
-    made_for, (M, k) = plan.starts.shape[-1] - 1, plan.edges.shape[-2:]
+    made_for, (M, k) = plan.entity_order.shape[-1], plan.edges.shape[-2:]
     if made_for != entities:
         raise ValueError(f"{op}: plan was made for N = {made_for} entities, got {entities}")
     if plan.indices.shape[-2:] != plan.edges.shape[-2:]:

@@ -322,7 +322,7 @@ def gaussian_gather(
         indices: int64 ``[.., M, k]``, as `knn` returns them. -1 is padding. Another index outside [0, N) raises
             IndexError on the CPU and counts as padding on a GPU. Or what `gather_plan` made of them, for several calls.
         sigma: width of the Gaussian: a positive float, a 0-d tensor, or one per head, ``[H]``. A tensor's sign is not
-            checked.
+            checked. Of any size: beyond what squares hold it behaves as its limit (docs/numerics.md).
         influence: w, ``[B, N]`` (shared by the heads) or ``[B, H, N]``; 1 without it. May be 0 or negative.
         query_positions: q, ``[.., M, D]``. Without it M = N and entity i is query i.
         normalize: divide by the sum of the weights.

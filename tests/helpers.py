@@ -114,8 +114,11 @@ def check_compiled(layer, compiled, arguments: list, backend: str = "native") ->
     close = [nudged({**doubles, "grad": grad.double()}, unit) for _ in range(6)]
     others = [run(layer, list(x.values())[:-1], x["grad"], "reference") for x in close]
     eager = run(layer, arguments, grad, backend)
+    largest = max(x.norm().item() for x in exact)
     for i, ours in enumerate(run(compiled, arguments, grad, backend)):
         yardstick = max(distance(x[i], exact[i]) for x in (eager, *others))
+        if exact[i].norm() < 1e-12 * largest:  # 0 by a symmetry: there is rounding alone, and how much of it is chance
+            yardstick = 32 * unit * largest
         assert_accurate(ours, exact[i], yardstick, f"gradient {i}" if i else "output")
 
 

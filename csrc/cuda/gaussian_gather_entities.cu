@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps, ManyDims || E == 4 ? 2 : 3)
             const A* q = queries + edge.row * g.D;
 #pragma unroll
             for (int a = 0; a < kFewDims; ++a)
-              if (a < g.D) grad_near[a] += slope * (q[a] - position[a]);
+              if (a < g.D && slope != 0) grad_near[a] += slope * (q[a] - position[a]);  // one too far may be infinitely so
           }
         }
       }
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(32 * kWarps, ManyDims || E == 4 ? 2 : 3)
       if (ManyDims && g.grad_positions && c0 == 0)  // a lane for each dimension
         for (int64_t a = l; a < g.D && run.n >= 0; a += t.lanes) {
           A sum = start > 0 ? grad_position()[a] : A(0);
-          for (int s = 0; s < count; ++s) sum += slopes[s] * (queries[edges[s].row * g.D + a] - position[a]);
+          for (int s = 0; s < count; ++s)
+            if (slopes[s] != 0) sum += slopes[s] * (queries[edges[s].row * g.D + a] - position[a]);
           grad_position()[a] = sum;
         }
       __syncwarp();
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(32 * kWarps, ManyDims || E == 4 ? 2 : 3)
 #pragma unroll
   for (int a = 0; !ManyDims && a < kFewDims; ++a) grad_near[a] = sum_over(grad_near[a], t.lanes);
   if (run.n < 0) return;
-  const A sigma = as<const A>(g.sigma)[group % g.H], scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
+  const A sigma = width_of(as<const A>(g.sigma)[group % g.H]), scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
   if (ManyDims) {
     for (int64_t a = l; g.grad_positions && a < g.D; a += t.lanes)
       grad_position()[a] = longest == 0 ? A(0) : grad_position()[a] * scale;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kHubThreads) hubs_kernel(const __grid_constant
     const int64_t end = all_of(g, list, run.n).end - at(g.starts, g.wide, list * g.N);
     const A* parts = as<const A>(g.parts) + group * g.pieces * room;
     const A influence = g.influence ? as<const A>(g.influence)[group * g.N + run.n] : A(1);
-    const A sigma = as<const A>(g.sigma)[group % g.H];
+    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
     for (int64_t x = threadIdx.x; x < room; x += kHubThreads) {
       const bool value = x < g.c, position = !value && x < g.c + g.D;
       if (value ? !g.grad_values.data : position ? !g.grad_positions : !g.grad_influence) continue;

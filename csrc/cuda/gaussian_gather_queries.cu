@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
     queries_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t group = blockIdx.x / t.blocks;
+  const int group = static_cast<int>(blockIdx.x / t.blocks);
   const int64_t first = (blockIdx.x % t.blocks * kWarps + warp) * t.queries;
   Edge<A>* edges = reinterpret_cast<Edge<A>*>(ptx::shared_memory() + warp * t.warp_bytes);
   A* along = reinterpret_cast<A*>(edges + t.queries * t.stride);  // <gradient, value>; later the slope
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
   Query<A> query(g, group, first + mine, lane % t.width, t.width, edges + mine * t.stride);
   if (query.lane == 0) numbers[mine] = query.m;
   if (Chunked && g.normalize) query.look_through(t);
-  Slope<A>* slopes = as<Slope<A>>(g.slopes) + (group * g.M + (query.m < 0 ? 0 : query.m)) * g.k;
+  // Not before it is wanted: registers are few.
+  const auto slope_of = [&](int n) -> Slope<A>& { return as<Slope<A>>(g.slopes)[(group * g.M + query.m) * g.k + n]; };
   const auto count_of = [&](int chunk) {
     const int left = static_cast<int>(g.k) - chunk * t.slots;
     return left < t.slots ? left : t.slots;
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
     for (int chunk = 0; has_slopes && chunk < t.chunks; ++chunk) {
       dots(chunk, query.stage(t, chunk, false));
       add_to_mean(chunk);
-      for (int s = query.lane; query.m >= 0 && s < count_of(chunk); s += t.width) slopes[chunk * t.slots + s].slope = own[s];
+      for (int s = query.lane; query.m >= 0 && s < count_of(chunk); s += t.width) slope_of(chunk * t.slots + s).slope = own[s];
     }
   } else {
     const bool all = query.stage(t, 0, false);
@@ -139,9 +140,9 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
     if (Chunked) query.stage(t, chunk, false);
     for (int s = query.lane; query.m >= 0 && s < count_of(chunk); s += t.width) {
       const int n = chunk * t.slots + s, row = query.edges[s].row;
-      const A rest = !has_slopes ? A(0) : (Chunked ? slopes[n].slope : own[s]) - mean;
+      const A rest = !has_slopes ? A(0) : (Chunked ? slope_of(n).slope : own[s]) - mean;
       const A weight = query.edges[s].weight * factor, slope = row < 0 ? A(0) : weight * rest;
-      if (g.slopes) slopes[n] = {weight, slope};
+      if (g.slopes) slope_of(n) = {weight, slope};
       if (!has_slopes || row < 0) continue;
       const A moved = slope * query.influence_of(row);  // by the exponent
       own[s] = moved;
@@ -151,8 +152,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
         for (int a = 0; a < kFewDims; ++a)
           if (a < g.D) grad_query[a] += moved * (query.at[a] - p[a]);
       }
-      // A weight that vanishes has no share, however far the neighbour is.
-      if (g.grad_sigma_rows && moved != 0) grad_sigma += moved * (query.scale * query.sq_dist(n, row));
+      if (g.grad_sigma_rows) grad_sigma += moved * query.exponent(query.sq_dist(n, row));
     }
     if (g.grad_queries && g.D > kFewDims) {  // a lane for each dimension
       __syncwarp();
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
             const int row = edges[served * t.stride + s].row;
             if (row >= 0) sum += along[served * t.stride + s] * (q[a] - as<const A>(g.positions)[(group * g.N + row) * g.D + a]);
           }
-          sum *= 2 * query.scale;
+          sum *= -2 * query.scale;
           out[a] = chunk > 0 ? out[a] + sum : sum;
         }
       }
@@ -175,15 +175,15 @@ __global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3
   }
   if (g.grad_sigma_rows) {
     grad_sigma = sum_over(grad_sigma, t.width);
-    const A sigma = as<const A>(g.sigma)[group % g.H];
-    if (query.lane == 0 && query.m >= 0) as<A>(g.grad_sigma_rows)[group * g.M + query.m] = grad_sigma * -2 / sigma;
+    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
+    if (query.lane == 0 && query.m >= 0) as<A>(g.grad_sigma_rows)[group * g.M + query.m] = grad_sigma * 2 / sigma;
   }
   if (g.grad_queries && g.D <= kFewDims) {
 #pragma unroll
     for (int a = 0; a < kFewDims; ++a) {
       if (a >= g.D) break;
       const A sum = sum_over(grad_query[a], t.width);
-      if (query.lane == 0 && query.m >= 0) as<A>(g.grad_queries)[(group * g.M + query.m) * g.D + a] = 2 * query.scale * sum;
+      if (query.lane == 0 && query.m >= 0) as<A>(g.grad_queries)[(group * g.M + query.m) * g.D + a] = -2 * query.scale * sum;
     }
   }
 }

@@ -94,13 +94,22 @@ __device__ A sum_over(A x, int width) {
   return x;
 }
 template <class A>
-__device__ A largest_of(A x, int width) {
+__device__ A least_of(A x, int width) {
   for (int step = width / 2; step > 0; step /= 2) {
     const A other = __shfl_xor_sync(kAll, x, step);
-    x = other > x ? other : x;
+    x = other < x ? other : x;
   }
   return x;
 }
+
+// sigma within WIDTHS of reference/gaussian_gather.py
+template <class A>
+__device__ A width_of(A sigma) {
+  constexpr A low = sizeof(A) == 8 ? A(0x1p-496) : A(0x1p-56), high = sizeof(A) == 8 ? A(0x1p511) : A(0x1p63);
+  const A size = sigma < 0 ? -sigma : sigma, width = size < low ? low : size > high ? high : size;
+  return sigma < 0 ? -width : width;
+}
+constexpr float kFar = 1e4f;  // exp(-kFar) is 0
 
 // ---- how a problem is shared out ------------------------------------------------------------------------------------
 struct Shape {
@@ -159,7 +168,7 @@ void for_dtype(const Problem& g, Body body) {
 // ---- the weights of a query, by `width` lanes -----------------------------------------------------------------------
 template <class A>
 struct alignas(2 * sizeof(A)) Edge {
-  A weight;  // or exponent
+  A weight;  // or squared distance
   int row;   // of values; -1: no neighbour
 };
 
@@ -174,11 +183,11 @@ struct Query {
   Edge<A>* edges;          // in shared memory
   int m;                   // -1: none
   int lane, width;
-  A scale;                 // -1 / (2 sigma^2)
-  A top, total;            // of normalised weights: the largest exponent, the sum of the weights
+  A scale;                 // 1 / (2 sigma^2)
+  A least, total;          // of normalised weights: the least squared distance, the sum of the weights
 
   __device__ Query(const Problem& g, int64_t group, int64_t turn, int lane, int width, Edge<A>* edges)
-      : g(g), edges(edges), lane(lane), width(width), top(0), total(1) {
+      : g(g), edges(edges), lane(lane), width(width), least(0), total(1) {
     const int64_t list = group / g.H * g.list_heads + group % g.H % g.list_heads;
     m = turn >= g.M ? -1 : g.query_order ? g.query_order[list * g.M + turn] : static_cast<int>(turn);
     const int64_t row = m < 0 ? 0 : m;
@@ -187,8 +196,8 @@ struct Query {
     positions = as<const A>(g.positions) + group * g.N * g.D;
     influence = g.influence ? as<const A>(g.influence) + group * g.N : nullptr;
     at = as<const A>(g.queries) + (group * g.M + row) * g.D;
-    const A sigma = as<const A>(g.sigma)[group % g.H];
-    scale = A(-0.5) / (sigma * sigma);
+    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
+    scale = A(0.5) / (sigma * sigma);
   }
 
   __device__ A sq_dist(int slot, int row) const {
@@ -199,18 +208,25 @@ struct Query {
     return sum;
   }
 
-  // Exponents of the neighbours from n0 on, as many as there are slots. The largest goes to `largest`; returns whether all
-  // neighbours are there.
-  __device__ bool look_up(int n0, int slots, A& largest) {
+  // What the weight is exp of, but for the sign.
+  __device__ A exponent(A sq_dist) const {
+    const A x = (sq_dist - least) * scale;
+    return x > A(kFar) ? A(kFar) : x;
+  }
+
+  // Squared distances of the neighbours from n0 on, as many as there are slots; one that overflows is too far to be there.
+  // The least goes to `nearest`; returns whether all are there.
+  __device__ bool look_up(int n0, int slots, A& nearest) {
     bool all = true;
     for (int s = lane; s < slots; s += width) {
       const int n = n0 + s;
       const bool inside = m >= 0 && n < g.k;
       const int64_t index = inside ? indices[n] : -1;
-      const int row = static_cast<uint64_t>(index) < static_cast<uint64_t>(g.N) ? static_cast<int>(index) : -1;
-      const A exponent = row < 0 ? A(-INFINITY) : scale * sq_dist(n, row);
-      edges[s] = {exponent, row};
-      largest = exponent > largest ? exponent : largest;
+      int row = static_cast<uint64_t>(index) < static_cast<uint64_t>(g.N) ? static_cast<int>(index) : -1;
+      const A distance = row < 0 ? A(INFINITY) : sq_dist(n, row);
+      if (distance == A(INFINITY)) row = -1;
+      edges[s] = {distance, row};
+      nearest = distance < nearest ? distance : nearest;
       all &= row >= 0 || n >= g.k;
     }
     return all;
@@ -218,7 +234,7 @@ struct Query {
 
   __device__ A influence_of(int row) const { return influence ? influence[row] : A(1); }
 
-  // From exponents to weights, with influence or before it. Returns the lane's sum, with influence.
+  // From distances to weights, with influence or before it. Returns the lane's sum, with influence.
   __device__ A weigh(int slots, bool with_influence) {
     A sum = 0;
     for (int s = lane; s < slots; s += width) {
@@ -227,25 +243,25 @@ struct Query {
         edges[s].weight = 0;
         continue;
       }
-      const A gauss = exponential(edge.weight - top), weight = gauss * influence_of(edge.row);
+      const A gauss = exponential(-exponent(edge.weight)), weight = gauss * influence_of(edge.row);
       edges[s].weight = with_influence ? weight : gauss;
       sum += weight;
     }
     return sum;
   }
 
-  __device__ void set_top(A largest) {
-    largest = largest_of(largest, width);
-    top = largest == A(-INFINITY) ? A(0) : largest;
+  __device__ void set_least(A nearest) {
+    nearest = least_of(nearest, width);
+    least = nearest == A(INFINITY) ? A(0) : nearest;
   }
 
-  // For normalised weights of more neighbours than there are slots: top and total of all.
+  // For normalised weights of more neighbours than there are slots: least and total of all.
   __device__ void look_through(const Shape& t) {
-    A largest = -INFINITY, sum = 0;
-    for (int chunk = 0; chunk < t.chunks; ++chunk) look_up(chunk * t.slots, t.slots, largest);
-    set_top(largest);
+    A nearest = INFINITY, sum = 0;
+    for (int chunk = 0; chunk < t.chunks; ++chunk) look_up(chunk * t.slots, t.slots, nearest);
+    set_least(nearest);
     for (int chunk = 0; chunk < t.chunks; ++chunk) {
-      look_up(chunk * t.slots, t.slots, largest);
+      look_up(chunk * t.slots, t.slots, nearest);
       sum += weigh(t.slots, true);
     }
     total = sum_over(sum, width);
@@ -254,10 +270,10 @@ struct Query {
   // Weights of a chunk of neighbours, for the whole warp to read. Returns whether all are there, in all queries of the warp.
   __device__ bool stage(const Shape& t, int chunk, bool with_influence) {
     __syncwarp();
-    A largest = -INFINITY;
-    const bool all = look_up(chunk * t.slots, t.slots, largest);
+    A nearest = INFINITY;
+    const bool all = look_up(chunk * t.slots, t.slots, nearest);
     const bool alone = g.normalize && t.chunks == 1;
-    if (alone) set_top(largest);
+    if (alone) set_least(nearest);
     const A sum = weigh(t.slots, with_influence);
     if (alone) total = sum_over(sum, width);
     const bool complete = __ballot_sync(kAll, all) == kAll;

@@ -28,6 +28,12 @@ def sinusoids(length: int, dim: int) -> Tensor:
     return torch.stack([(place * rate).sin(), (place * rate).cos()], -1).flatten(1)[:, :dim]
 
 
+def restore_positions(model: "FlowNetwork", keys: object) -> None:
+    """The codes, which no checkpoint holds, of a model that was built on the meta device."""
+    codes = sinusoids(*model.positions.shape)
+    model.positions = codes.to(model.embedding.weight.device, model.positions.dtype)
+
+
 class FlowNetwork(nn.Module):
     """A language model of flow layers: ``(ids int64 [B, N]) -> (logits [B, N, V], NetworkMetrics)``.
 
@@ -69,6 +75,7 @@ class FlowNetwork(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_output else 1.0)
         self.register_buffer("positions", sinusoids(max_seq_len, d_model), persistent=False)
+        self.register_load_state_dict_post_hook(restore_positions)
         self.input_layer = FlowLayer(2 * d_model, d_model, num_patterns, **sparse)
         self.gate = nn.Linear(d_model, num_layers)
         self.layers = nn.ModuleList(FlowLayer(d_model, d_model, num_patterns, **sparse) for _ in range(num_layers))

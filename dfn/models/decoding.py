@@ -4,13 +4,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dfn_kernels import StreamingKNN, knn
 from dfn_kernels.reference.gaussian_gather import WIDTHS
 
 from .layers import DFNBlock, DynamicFlowAttention, EntityPositions
-from .linears import dense
+from .linears import applied
 from .memory import MemoryState
 
 ROWS = 1 << 16  # of a prompt that pass through an MLP at a time: its activations are the largest there are
@@ -201,8 +200,7 @@ class Decoder:
         states, after = states[:, 0], self.count + 1
         for block, seen in zip(self.model.blocks, self.seen, strict=True):
             a, s = block.attention, block.norm(states)
-            real = positions.dtype
-            flow = linear(s.to(real), *(x.to(real) for x in dense(a.flow))).view_as(positions)
+            flow = applied(a.flow, s).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
             value = a.value(s).view(-1, self.seen[0].values.shape[2])
             y = seen.read(positions.flatten(0, 1), (positions + a.offset).flatten(0, 1), value, self.count)

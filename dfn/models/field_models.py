@@ -11,6 +11,7 @@ from ..fields.field import Field, TextField
 from ..fields.sampler import Entities, UniformSampler
 from ..training.losses import MeanStateHead, contrastive, field_reconstruction, mean_state
 from .layers import DFNBlock, check_shape, recommended_heads
+from .linears import dtype_of
 
 
 class FieldPositions(nn.Module):
@@ -34,7 +35,7 @@ class FieldPositions(nn.Module):
         B, N, D = positions.shape
         if D > self.pos_dim:
             raise ValueError(f"FieldPositions: positions must have at most {self.pos_dim} coordinates, got {D}")
-        places = self.place(states.to(self.log_scale.dtype)).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
+        places = self.place(states.to(dtype_of(self.place))).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
         space = nn.functional.pad(positions.to(places.dtype), (0, self.pos_dim - D))
         space = self.log_scale.exp().view(-1, 1, 1) * space[:, None]
         moved = places[:, self.semantic :] + space

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
 from dfn_kernels.packed import place_in_set
 
-from .linears import dense
+from .linears import applied, dtype_of, operands
 from .memory import MemoryState
 
 MOST_NEIGHBORS = 1024  # that `knn` finds
@@ -88,8 +87,9 @@ class DFNLayer(nn.Module):
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        moving, weight, bias = operands(self.flow, states)
         context, drift, _ = flow_attention(
-            states, positions, dense(self.flow)[0], self.value(states), self.sigma, self.k,
+            moving, positions, weight, self.value(states), self.sigma, self.k, flow_bias=bias,
             alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
         )  # fmt: skip
         states = self.mlp(torch.cat([states, context.to(states.dtype)], -1))
@@ -140,23 +140,19 @@ class EntityPositions(nn.Module):
         super().__init__()
         are_sizes("EntityPositions", dim=dim, heads=heads, pos_dim=pos_dim)
         self.heads, self.pos_dim = heads, pos_dim
-        scales = torch.tensor(recommended_heads(heads).time_scale)
-        self.semantic = int((scales == 0).sum())  # the semantic heads come first
+        scales = recommended_heads(heads).time_scale
+        self.semantic = scales.count(0.0)  # the semantic heads come first
         self.place = nn.Linear(dim, heads * pos_dim)
         nn.init.normal_(self.place.weight, std=std / dim**0.5)
         nn.init.zeros_(self.place.bias)
-        self.log_scale = nn.Parameter(scales[self.semantic :].log())  # [temporal heads]
+        self.log_scale = nn.Parameter(torch.tensor(scales[self.semantic :]).log())  # [temporal heads]
 
     def forward(self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None) -> Tensor:
         """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``."""
         B, N, _ = states.shape
-        with torch.autocast(states.device.type, enabled=False):  # positions keep full precision
-            weight, bias = dense(self.place)
-            real = torch.promote_types(weight.dtype, torch.float32)
-            places = linear(states.to(real), weight.to(real), bias.to(real))
-        places = places.view(B, N, self.heads, self.pos_dim).transpose(1, 2)
+        places = applied(self.place, states).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
         number = torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N)
-        time = self.log_scale.to(real).exp()[:, None] * (start + number)
+        time = self.log_scale.to(places.dtype).exp()[:, None] * (start + number)
         first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
         return torch.cat([first[..., None], places[..., 1:]], -1)
 
@@ -197,10 +193,10 @@ class DynamicFlowAttention(nn.Module):
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
-        weight, bias = dense(self.flow)
+        moving, weight, bias = operands(self.flow, states)
         context, drift, _ = flow_attention(
-            states, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(),
-            self.k, flow_bias=bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
+            moving, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(), self.k,
+            flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
             influence=influence, causal=self.causal, lengths=lengths, normalize=True, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
@@ -213,7 +209,7 @@ class DynamicFlowAttention(nn.Module):
         """A memory as the extra entities of `flow_attention`."""
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states.to(self.alpha.dtype))),
+            extra_values=self.split(self.value(memory.states.to(dtype_of(self.value)))),
             extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
         )
 

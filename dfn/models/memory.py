@@ -114,8 +114,8 @@ class PersistentFieldMemory(nn.Module):
         index, sq_dist = near.indices[..., 0], near.sq_dists[..., 0]
         own = torch.arange(p.shape[1], device=p.device).expand_as(index)
         root = torch.where((index >= 0) & (sq_dist <= self.merge_radius**2), index, own)
-        n = p.shape[1]  # each round doubles the length of the chain that is known; exported, it may be any
-        for _ in range(max(1, n).bit_length() if isinstance(n, int) else 31):
+        # Each round doubles the length of the chain that is known. Compiled code must serve every length: 2^31 do.
+        for _ in range(31 if torch.compiler.is_compiling() else p.shape[1].bit_length()):
             root = root.gather(1, root)
         return root
 

@@ -31,13 +31,23 @@ def _in_order(ORDER, turn, inside):
 
 
 @triton.jit
+def _width(sigma):
+    """sigma within WIDTHS of reference/gaussian_gather.py."""
+    low: tl.constexpr = 2.0**-496 if sigma.dtype == tl.float64 else 2.0**-56
+    high: tl.constexpr = 2.0**511 if sigma.dtype == tl.float64 else 2.0**63
+    size = tl.abs(sigma)
+    width = tl.where(size < low, low, tl.where(size > high, high, size)).to(sigma.dtype)
+    return tl.where(sigma < 0, -width, width)
+
+
+@triton.jit
 def _weights(
     P, Q, I, SQ, W, m, rows, s, scale, N, D, k,  # positions .. influence of the group; queries and slots  # noqa: E741
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Of queries m [BM], slots s [K]: entity, whether there is one, exponent, and weight without and with influence.
 
-    Normalised weights are relative to the row's largest; where they sum to zero, all are zero.
+    With NORMALIZE exponents are relative to the row's nearest; where the weights sum to zero, all are zero.
     """
     at = m[:, None] * k + s[None, :]
     inside = rows[:, None] & (s < k)[None, :]
@@ -53,12 +63,12 @@ def _weights(
                 q = tl.load(Q + m * D + a, mask=rows & (a < D), other=0.0)
                 step = q[:, None] - tl.load(P + j * D + a, mask=valid & (a < D), other=0.0)
                 sq_dist += step * step
-    exponent = tl.where(valid, scale * sq_dist, float("-inf"))
-    if NORMALIZE:
-        top = tl.max(exponent, axis=1)
-        gauss = tl.exp(exponent - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    else:
-        gauss = tl.exp(exponent)
+    if NORMALIZE:  # before the scale, with which both may be infinite
+        least = tl.min(tl.where(valid, sq_dist, float("inf")), axis=1)
+        sq_dist -= tl.where(least == float("inf"), 0.0, least)[:, None]
+    exponent = scale * sq_dist
+    exponent = tl.where(valid, tl.where(exponent < -1e4, -1e4, exponent), float("-inf"))  # of either, exp is 0
+    gauss = tl.exp(exponent)
     influence = tl.full(j.shape, 1.0, Q.dtype.element_ty)
     if W is not None:
         influence = tl.load(W + j, mask=valid, other=0.0)
@@ -86,13 +96,13 @@ def weights_kernel(
     m = block * BM + tl.arange(0, BM).to(tl.int64)
     s = tl.arange(0, K)
     rows = m < M
-    sigma = tl.load(S + h)
+    width = _width(tl.load(S + h))
     if SQ is not None:
         SQ += group * M * k
     if W is not None:
         W += group * N
     _, _, _, _, weight = _weights(
-        P + group * N * D, Q + group * M * D, I + list_ * M * k, SQ, W, m, rows, s, -0.5 / (sigma * sigma), N, D, k,
+        P + group * N * D, Q + group * M * D, I + list_ * M * k, SQ, W, m, rows, s, -0.5 / (width * width), N, D, k,
         NORMALIZE,
     )  # fmt: skip
     at = m[:, None] * k + s[None, :]

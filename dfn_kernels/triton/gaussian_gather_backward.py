@@ -19,6 +19,7 @@ from .gaussian_gather import (
     _in_order,
     _rows,
     _weights,
+    _width,
     _write_zeros,
     edge_tiles,
     edge_weights,
@@ -79,8 +80,8 @@ def edges_kernel(
     edges = group * M * k
     at = m[:, None] * k + s[None, :]
     inside = rows[:, None] & (s < k)[None, :]
-    sigma = tl.load(S + h)
-    scale = -0.5 / (sigma * sigma)
+    width = _width(tl.load(S + h))
+    scale = -0.5 / (width * width)
     if SQ is not None:
         SQ += edges
     if W is not None:
@@ -97,7 +98,7 @@ def edges_kernel(
     if EI is not None:
         tl.store(EI + edges + at, gauss * along, mask=inside)
     if GS is not None:
-        tl.store(GS + pid, tl.sum(slope * tl.where(valid, -2.0 * exponent, 0.0)) / sigma)
+        tl.store(GS + pid, tl.sum(slope * tl.where(valid, -2.0 * exponent, 0.0)) / width)
     _write_zeros(ZEROS)
     if GQ is not None:
         GQ += group * M * D
@@ -191,8 +192,8 @@ def entities_kernel(
         tl.store(GV + (n * sVn)[:, None] + x[None, :], value, mask=own[:, None] & channels[None, :])
         tl.store(PARTS_V + (at * c + left)[:, None] + x[None, :], values, mask=piece[:, None] & channels[None, :])
     if GP is not None:
-        sigma = tl.load(S + h)
-        positions = positions / (sigma * sigma)
+        width = _width(tl.load(S + h))
+        positions = positions / (width * width)
         tl.store(GP + ((group * N + n) * D)[:, None] + a[None, :], positions, mask=own[:, None] & dims)
         tl.store(PARTS_P + (at * D)[:, None] + a[None, :], positions, mask=piece[:, None] & dims)
     if GI is not None:

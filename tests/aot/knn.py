@@ -17,7 +17,7 @@ LISTS = tuple({lists.sizes(k)[0]: lists.sizes(k) for k in (1, 8, 16)}.values()) 
 FAST = (  # what `make test` compiles of it
     "slice_kernel.*CAUSAL1.*(SLICED1-ONE1-K16|SLICED0-ONE0)|merge_kernel.*ONE0|row_kernel.*HAS_LP0.*CAUSAL1.*K128|"
     "(frame_kernel|key_kernel|pack_kernel).*_L1.*D3|asks_kernel|branch_kernel.*D3|warm_kernel.*D3|"
-    "walk_kernel.*MASKED0.*(D2-ONE1|D3-ONE0)-K16"
+    "walk_kernel.*MASKED0.*(D2-ONE1-K16|D3-ONE0)"
 )
 
 
@@ -30,10 +30,9 @@ def of_lists(K: int, kept: int) -> dict[str, object]:
     return {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1}
 
 
-def on_lists(kernel: object, constants: dict, K: int, kept: int) -> Case:
-    options = lists.options(kept, K)
-    wide = {"LANES": 32}
-    return Case(kernel, TYPES, {**constants, **wide}, options.pop("num_warps"), options, amd={"LANES": 64})
+def on_lists(kernel: object, constants: dict) -> Case:
+    options = lists.options(walk.registers(constants["D"]) if "D" in constants else brute.REGISTERS)
+    return Case(kernel, TYPES, {**constants, "LANES": 32}, options.pop("num_warps"), options, amd={"LANES": 64})
 
 
 def brute_cases():
@@ -47,8 +46,8 @@ def brute_cases():
     sizes = {"GROUP": brute.GROUP, "CAP": 32 + brute.GROUP}
     for size in LISTS:
         for sliced, flag in zip((False, True, True, False, False, True), flags, strict=True):
-            yield on_lists(brute.slice_kernel, {**flag, "SLICED": sliced, **of_lists(*size), **sizes}, *size)
-        yield on_lists(brute.merge_kernel, of_lists(*size), *size)
+            yield on_lists(brute.slice_kernel, {**flag, "SLICED": sliced, **of_lists(*size), **sizes})
+        yield on_lists(brute.merge_kernel, of_lists(*size))
     double = {**TYPES, **dict.fromkeys(("P", "Q", "OUT_D"), POINTER[torch.float64])}
     for flag in flags:
         # The longest list takes half a minute to compile.
@@ -75,5 +74,5 @@ def walk_cases():
         for size in LISTS:
             for masked in (False, True):
                 flags = {"HAS_LQ": masked, "HAS_BOUND": masked, "MASKED": masked}
-                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes}, *size)
+                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes})
         yield Case(warm.warm_kernel, TYPES, {"D": D, "BM": 128}, options=brute.EXACT)

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEVICE, backends
+from helpers import DEVICE, INTERPRETED, backends
 
 import dfn_kernels
 from dfn_kernels import field_sample, flow_attention, flow_norm, gather_plan, gaussian_gather, use_backend
 
-# Kernels that form -1 / (2 sigma^2) do not hold them; docs/numerics.md has the formula that does.
-NOT_YET = pytest.mark.xfail(strict=True, reason="the Triton kernels still form 1 / sigma^2")
-BACKENDS = ["reference", *(pytest.param(b, marks=NOT_YET) if b == "triton" else b for b in backends("gaussian_gather"))]
+BACKENDS = ["reference", *backends("gaussian_gather")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 WIDTHS = {torch.float32: (1e-300, 1e-39, 1e-30, 1e-20, 3e-4, 1.0, 1e10, 1e20, 1e38, 1e300),
           torch.float64: (5e-324, 1e-300, 1e-160, 1e-20, 1.0, 1e20, 1e160, 1e300)}  # fmt: skip
@@ -58,7 +56,8 @@ def test_a_gather_of_any_width(backend, dtype, normalize):
             want, exponent = exact(p, q, v, indices, sigma, normalize)
             relevant = exponent[exponent < 80].max().item() if (exponent < 80).any() else 0.0
             inputs = [x.clone().requires_grad_() for x in (p, v, q)]
-            for width in (sigma, torch.tensor(sigma, dtype=torch.float64, device=DEVICE).requires_grad_()):
+            one = torch.tensor(sigma, dtype=torch.float64, device=DEVICE).requires_grad_()
+            for width in (one,) if INTERPRETED else (sigma, one):
                 with use_backend(backend):
                     got = gaussian_gather(
                         inputs[0], inputs[1], indices, width, query_positions=inputs[2], normalize=normalize

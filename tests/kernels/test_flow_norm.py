@@ -197,7 +197,7 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("mode", MODES)
 def test_compile(backend, mode):
     def layer(s, e, lengths):
-        return flow_norm(s.tanh(), e * e, 1.0, mode, lengths).sin().sum()
+        return flow_norm(s.tanh(), e * e, 1.0, mode, lengths).sin()
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for N in (13, 29):

@@ -66,14 +66,11 @@ def test_native(search):
 
 @pytest.mark.skipif("triton" not in backends("knn"), reason="no Triton for tensors of this device")
 @settings(max_examples=6 if INTERPRETED else 100, **SETTINGS)
-@given(searches(*((st.integers(0, 20), 5, 3) if INTERPRETED else (st.integers(0, 2000), 70, 4))), st.booleans())
-def test_triton(search, impatient):
-    from test_knn_triton import small_grids
-
-    from dfn_kernels.triton.knn import strips
+@given(searches(*((st.integers(0, 20), 5, 3) if INTERPRETED else (st.integers(0, 2000), 70, 9))), st.booleans())
+def test_triton(search, a_tree):
+    from test_knn_triton import small_trees
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        small_grids(monkeypatch)
-        if impatient:
-            monkeypatch.setattr(strips, "budget_of", lambda K: 3 * strips.VISIT)
+        if a_tree:
+            small_trees(monkeypatch)
         check("triton", *search)

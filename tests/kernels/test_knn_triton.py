@@ -1,4 +1,4 @@
-"""The Triton search over boxes, and brute force in slices. In the interpreter sizes are tiny, and so are boxes and prefixes."""
+"""The Triton search: boxes, and brute force in slices. In the interpreter sizes are tiny, and so are the boxes."""
 
 import point_sets
 import pytest
@@ -17,13 +17,13 @@ from dfn_kernels.triton import knn as package  # noqa: E402
 from dfn_kernels.triton.knn import brute, lists, tree, walk, warm  # noqa: E402
 
 N = 61 if INTERPRETED else 3001
+use_tree = package.use_tree
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 
 
 def small_trees(monkeypatch):
     """Trees for few points, with as many kinds of boxes and as many prefixes as large ones have."""
-    monkeypatch.setattr(package, "FEW_POINTS", 0)
-    monkeypatch.setattr(package, "MOST_PAIRS", 0)
+    monkeypatch.setattr(package, "use_tree", lambda B, N, M, D, dtype: dtype == torch.float32 and D < 9)
     if INTERPRETED:
         monkeypatch.setattr(lists, "LANES", 64)  # a wide block costs the interpreter no more than a narrow one
         for name, value in dict(LEAF=4, FAN=4, EARLY=8, SAMPLE=16).items():
@@ -48,7 +48,7 @@ def check(positions, k, **options):
     return check_same("triton", positions, k, **options)
 
 
-# ---- the walk ---------------------------------------------------------------------------------------------------------
+# ---- the walk -------------------------------------------------------------------------------------------------------
 FAST = ("clusters", "lattice", "two rows", "256 positions", "1e18", "underflowing", "signed zeros", "reversed")
 
 
@@ -115,6 +115,15 @@ def test_many_branches(monkeypatch):
         check(torch.randn(N, 3, device=DEVICE), 9, causal=causal)
 
 
+@pytest.mark.parametrize("name, D, mask", [("normal", 2, MASKS[0]), ("lattice", 3, MASKS[3])])
+def test_boxes_that_no_lane_needs(name, D, mask, monkeypatch):
+    """Packets of few queries: one of all queries would look into every box, whatever the test of boxes says."""
+    n = 37 if INTERPRETED else N
+    if INTERPRETED:
+        monkeypatch.setattr(lists, "LANES", 4)
+    check(point_sets.points(name, n, D).to(DEVICE), 3, **mask)
+
+
 def test_the_order_does_not_matter(monkeypatch):
     """Where the curve runs decides how fast a search is, never what it finds."""
     monkeypatch.setattr(tree.Layout, "bits", 1)
@@ -132,7 +141,7 @@ def test_fewer_points_than_neighbors():
 @pytest.mark.parametrize("shortest", [16, 128])
 def test_slices(k, shortest, monkeypatch):
     """Points in several slices and in one: ties in different slices, lists that no slice can fill."""
-    monkeypatch.setattr(package, "MOST_PAIRS", 1 << 60)
+    monkeypatch.setattr(package, "use_tree", lambda *sizes: False)
     monkeypatch.setattr(brute, "SHORTEST", shortest)
     for D, mask in ((2, MASKS[3]), (11, MASKS[0])):
         positions = torch.randn(2, N, D, device=DEVICE).round(decimals=0 if D == 2 else 3)
@@ -140,6 +149,22 @@ def test_slices(k, shortest, monkeypatch):
         positions[1, 4, 0] = -float("inf")
         lengths = torch.tensor([N, N - 9], device=DEVICE)
         check(positions, k, lengths=lengths, check=False, **mask)
+
+
+def test_where_brute_force_ends():
+    for B, n, M, D, a_tree in (
+        (1, 8192, 8192, 3, False),
+        (1, 16_384, 16_384, 3, True),
+        (1, 10**6, 32, 2, False),
+        (1, 10**6, 10**6, 8, True),
+        (1, 32_768, 32_768, 8, False),
+        (200_000, 8, 8, 3, False),
+        (64, 2048, 2048, 2, True),
+        (1, 10**6, 10**6, 9, False),
+        (2**20, 2048, 1, 2, False),
+    ):
+        assert use_tree(B, n, M, D, torch.float32) == a_tree
+    assert not use_tree(1, 10**6, 10**6, 2, torch.float64)
 
 
 def test_slices_fill_a_gpu():
@@ -245,7 +270,7 @@ def test_nothing_waits_for_the_device(k, causal, others, launches):
 
 @pytest.mark.parametrize("dtype, D, n", [(torch.float32, 3, 2003), (torch.float32, 20, 100), (torch.float64, 2, 5000)])
 def test_launches_of_brute_force(dtype, D, n, launches, monkeypatch):
-    monkeypatch.setattr(package, "MOST_PAIRS", 1 << 60)
+    monkeypatch.setattr(package, "use_tree", lambda *sizes: False)
     for k in (5, 100):
         points = torch.empty(2, n, D, device="meta", dtype=dtype)
         launches.clear()

@@ -65,9 +65,6 @@ def differentiable(out: object) -> tuple[Tensor, ...]:
     return tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad)
 
 
-OVER_GRID = "cuts and cells are put together by PyTorch"
-
-
 def budgets() -> list:
     runs = []
     for name, (op, make, *most) in CASES.items():
@@ -116,13 +113,11 @@ def test_budget_of_brute_force(backend):
 
 
 @pytest.mark.skipif("triton" not in backends("knn"), reason="no Triton here")
-@pytest.mark.xfail(reason=OVER_GRID, strict=True, raises=AssertionError)
 @pytest.mark.parametrize("causal", [False, True])
-def test_budget_of_a_triton_grid(causal, monkeypatch):
+def test_budget_of_a_triton_tree(causal, monkeypatch):
     from dfn_kernels.triton import knn
 
-    monkeypatch.setattr(knn, "FEW_POINTS", 0)
-    monkeypatch.setattr(knn, "FEW_STEPS", 0)
+    monkeypatch.setattr(knn, "use_tree", lambda *sizes: True)
     points = rand(1, 67, D)
     with dk.use_backend("triton"):
         assert 3 < len(started_by(lambda: dk.knn(points, k, causal=causal, check=False))) <= 25

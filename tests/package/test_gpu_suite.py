@@ -243,6 +243,15 @@ def test_profile(tmp_path, monkeypatch):
     assert all(row["host_us"] > 0 and row["kernels"][0][1] >= row["kernels"][-1][1] for row in rows)
 
 
+def test_profile_of_searches(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFN_SUITE_FACTS", str(tmp_path / "facts.json"))
+    assert gpu_profile.profiled_searches("cpu", sizes=(47, 83), k=3) == "8 searches"
+    rows = json.loads((tmp_path / "facts.json").read_text())
+    assert {(row["N"], row["D"], row["causal"]) for row in rows} == {(n, D, c) for n in (47, 83) for D in (2, 3)
+                                                                    for c in (False, True)}  # fmt: skip
+    assert all(row["launches"] > 0 and row["ms"] > 0 and row["kernels"] for row in rows)
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_built(tmp_path, monkeypatch):
     """The host module, by g++ alone, for this Python; and it loads."""

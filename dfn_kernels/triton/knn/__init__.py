@@ -20,16 +20,17 @@ from . import brute, walk
 from .tree import Tree, build, in_order
 from .warm import bound_by
 
-# Where comparing every query with every point ends and the tree begins (docs/search.md): counted, not yet measured.
-MOST_PAIRS = 1 << 26  # for a tree of two dimensions
+# Where comparing every query with every point ends and the tree begins (docs/search.md). Counted, not yet measured.
 FEW_POINTS = 1024
 MOST_DIMENSIONS = 8
+BUILD = 1.2e9  # instructions of a lane that a GPU would do while a tree is built
 
 
 def use_tree(B: int, N: int, M: int, D: int, dtype: torch.dtype) -> bool:
     if D > MOST_DIMENSIONS or dtype != torch.float32 or N < FEW_POINTS or B * N >= 2**29 or B * M >= 2**31:
         return False
-    return B * N * M > MOST_PAIRS << max(0, D - 2)
+    pair, query = 3 * D + 8, 12_000 * 2.2 ** (D - 2)  # instructions: compare two points, walk
+    return B * M * (N * pair - query) > BUILD
 
 
 def knn(

@@ -19,6 +19,7 @@ from .tree import JIT
 
 GROUP = 8  # points at a time
 SHORTEST = 128  # points in a slice
+REGISTERS = 176
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
 
 
@@ -258,10 +259,10 @@ def search(
     lengths_of_lists = {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1, "LANES": lists.LANES}
     slice_kernel[(programs,)](
         *inputs, memory, best, indices, sq_dists, N, M, D, k, kept, items, slices, size,
-        **flags, **lengths_of_lists, SLICED=slices > 1, GROUP=GROUP, CAP=CAP, **lists.options(kept, K),
+        **flags, **lengths_of_lists, SLICED=slices > 1, GROUP=GROUP, CAP=CAP, **lists.options(REGISTERS),
     )  # fmt: skip
     if slices > 1:
         merge_kernel[(blocks,)](
-            best, indices, sq_dists, M, k, kept, slices, **lengths_of_lists, **lists.options(kept, K)
+            best, indices, sq_dists, M, k, kept, slices, **lengths_of_lists, **lists.options(REGISTERS)
         )
     return indices, sq_dists

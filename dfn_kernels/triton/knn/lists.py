@@ -132,17 +132,15 @@ def write_nothing(OUT_I, OUT_D, at, mask, k):
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def sizes(k: int) -> tuple[int, int]:
-    """K, at most 16, and how many keys are kept."""
-    K = max(4, min(16, triton.next_power_of_2(k)))
+    """K and how many keys are kept. Two lists of 16 at a time would not fit into registers."""
+    K = max(4, triton.next_power_of_2(k)) if k <= 16 else 8
     return K, triton.cdiv(k, K) * K
 
 
-def options(kept: int, K: int) -> dict[str, object]:
-    """For the compiler: no fused multiply-add, and no more registers than what is needed (without a limit ptxas spills,
-    or takes so many that few programs fit).
-    """
+def options(registers: int) -> dict[str, object]:
+    """For the compiler: no fused multiply-add, and no more registers than needed, so that many programs fit."""
     exact = {"num_warps": 1, "enable_fp_fusion": False}
-    return exact if torch.version.hip else exact | {"maxnreg": 144 if kept == K else 232}
+    return exact if torch.version.hip else exact | {"maxnreg": registers}
 
 
 def programs(work: int, entries: int) -> int:

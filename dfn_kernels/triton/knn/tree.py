@@ -124,8 +124,9 @@ def frame_kernel(
         spoiled += tl.load(row + a, mask=(s < SAMPLE) & (n > 0), other=float("inf")) * 0.0
     usable = spoiled == 0.0
     count = tl.sum(usable.to(tl.int32), axis=0)
-    narrow, wide = 0.0, 0.0
-    for a in tl.static_range(D):
+    narrow = count.to(tl.float32) * 0.0
+    wide = narrow
+    for a in range(0, D):  # not unrolled: a sort takes seconds to compile
         x = tl.sort(tl.where(usable, tl.load(row + a, mask=usable, other=0.0), float("inf")))
         last = tl.maximum(count - 1, 0)
         low = tl.sum(tl.where(s == count // 10, x, 0.0), axis=0)

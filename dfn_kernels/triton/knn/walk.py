@@ -1,11 +1,11 @@
-"""A packet of neighbouring queries, one a lane, walks over the tree together and looks into every leaf that any of them needs.
+"""A packet of neighbouring queries, one a lane, walks over the tree and looks into every leaf that any of them needs.
 
 The packet starts at its own seat. Then branches and nodes in the order of their least possible keys, (distance bits of
 the nearest corner << 32 | lowest index), as long as one is below the worst key of any lane; then a node's leaves, each
 tested by every lane for itself. All lanes load the same box and the same point at the same time.
 
-A least possible key is never above the key of a point in the box (docs/search.md), so where thousands of points tie, the
-boxes with the lowest indices come first and the others are left out.
+A least possible key is never above the key of a point in the box (docs/search.md), so where thousands of points tie,
+the boxes with the lowest indices come first and the others are left out.
 """
 
 import torch
@@ -43,7 +43,8 @@ def walk_kernel(
     queries, M, total, slots, pitch, nodes, branches, C, L, k, kept,  # shapes
     causal, include_self, around,  # 0 or 1, 0 or 1, leaves
     HAS_LQ: tl.constexpr, HAS_BOUND: tl.constexpr, MASKED: tl.constexpr,  # MASKED: causal, or without self
-    D: tl.constexpr, ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,  # K = 2^LOG keys are merged at a time; ONE: and K are kept
+    D: tl.constexpr,
+    ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,  # K = 2^LOG keys are merged at a time; ONE: no more are kept
     LEAF: tl.constexpr, FAN: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
@@ -92,9 +93,8 @@ def walk_kernel(
             middle = (middle + tl.max(tl.where(active, seat, 0), axis=0) // 2) // LEAF
             middle = tl.minimum(tl.maximum(middle, begin), end - 1)
             node = middle // FAN
-            seeds = tl.maximum(
-                tl.minimum(middle - around // 2, node * FAN + FAN - around), tl.maximum(node * FAN, begin)
-            )
+            seeds = tl.minimum(middle - around // 2, node * FAN + FAN - around)
+            seeds = tl.maximum(seeds, tl.maximum(node * FAN, begin))
             after_seeds = tl.minimum(tl.minimum(seeds + around, node * FAN + FAN), end)
             here = node * FAN + child
             pending = tl.where((here >= seeds) & (here < after_seeds), child, FAN)  # leaves of this node to look into
@@ -177,9 +177,13 @@ def seeds(k: int) -> int:
     return min(trees.FAN, max(4, triton.cdiv(3 * k, trees.LEAF)))
 
 
+def registers(D: int) -> int:
+    return 144 if D <= 3 else 192
+
+
 def search(
-    queries: Tensor, rows: Tensor, seats: Tensor, query_lengths: Tensor | None, bound: Tensor | None, tree: Tree, k: int,
-    causal: bool, include_self: bool,
+    queries: Tensor, rows: Tensor, seats: Tensor, query_lengths: Tensor | None, bound: Tensor | None, tree: Tree,
+    k: int, causal: bool, include_self: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices and squared distances [B, M, k]."""
     B, M, D = queries.shape
@@ -199,6 +203,6 @@ def search(
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
         D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, CAP=CAP, LANES=lists.LANES,
-        **lists.options(kept, K),
+        **lists.options(registers(D)),
     )  # fmt: skip
     return indices, sq_dists
