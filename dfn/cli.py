@@ -1,4 +1,4 @@
-"""The command ``dfn``: train, generate, eval, ablate, plot."""
+"""The command ``dfn``: train, generate, eval, study, ablate, plot."""
 
 import argparse
 import dataclasses
@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from . import runs
-from .pictures.ablation import ablation as ablation_picture
 from .pictures.runs import draw
 from .runs import KINDS, Options, Run, UsageError
-from .studies import ablation
+from .studies import parts
+from .studies.command import add_studies
 from .studies.memory_task import run_memory
 from .studies.photographs import table
-from .studies.recall import MODELS, run_recall
 
-JUDGED = (*KINDS, "photographs", "recall", "memory")
+JUDGED = (*KINDS, "photographs", "memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,18 +98,18 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("what", choices=JUDGED, metavar="WHAT", help=", ".join(JUDGED))
     one.add_argument("--run", type=Path, metavar="DIR", help="folder of a run (default: one is trained for this)")
     one.add_argument("--json", action="store_true", help="print the figures as JSON")
-    one.add_argument("--pairs", type=positive, nargs="+", help="of recall, at most 32 (default: 8 16)")
-    one.add_argument("--seeds", type=positive, help="of recall (default: 3)")
     add_options(one)
 
-    one = add("ablate", ablate, "train a language model with and without its parts; write one table")
-    one.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder; an ablation in it goes on")
-    one.add_argument("--seeds", type=positive, default=3, help="runs per line of the table (default: 3)")
-    one.add_argument("--tasks", nargs="+", choices=ablation.TASKS, default=list(ablation.TASKS), help="default: all")
-    add_options(one)
+    one = commands.add_parser("study", help="questions with an answer: language, recall, length, parts")
+    one.set_defaults(command=study)
+    add_studies(one)
+
+    one = add("ablate", study, "the study of parts, of the model without each of them")
+    one.set_defaults(study=parts.run)
+    parts.add_left_out(one)
 
     one = add("plot", plot, "draw a run's pictures into its folder")
-    one.add_argument("run", type=Path, metavar="DIR", help="folder of a run or of an ablation")
+    one.add_argument("run", type=Path, metavar="DIR", help="folder of a run or of a study")
     return parser
 
 
@@ -227,9 +226,8 @@ def as_bytes(text: str) -> bytes:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     given = given_options(arguments)
-    for flag, meant in (("pairs", "recall"), ("seeds", "recall"), ("run", KINDS)):
-        if getattr(arguments, flag) is not None and arguments.what not in meant:
-            raise UsageError(f"--{flag} has no meaning for {arguments.what}")
+    if arguments.run is not None and arguments.what not in KINDS:
+        raise UsageError(f"--run has no meaning for {arguments.what}")
     if arguments.what not in KINDS:
         figures = SPECIAL[arguments.what](given, arguments)
     elif arguments.run:
@@ -251,21 +249,11 @@ def photographs(given: dict, _) -> list[dict]:
     return table()
 
 
-def recall(given: dict, arguments: argparse.Namespace) -> list[dict]:
-    only(given, "steps", "batch", "dim", "layers", "lr")
-    pairs = arguments.pairs or [8, 16]
-    if max(pairs) > 32:
-        raise UsageError(f"--pairs must be at most 32, got {max(pairs)}")
-    found = [run_recall(m, p, range(arguments.seeds or 3), **given) for p in pairs for m in MODELS]
-    shown = ("model", "parameters", "pairs", "seed", "steps", "accuracy", "steps_to_99", "seconds")
-    return [{name: "-" if r[name] is None else r[name] for name in shown} for results in found for r in results]
-
-
 def memory(given: dict, _) -> dict:
     return run_memory(**only(given, "steps", "seed"))
 
 
-SPECIAL = {"photographs": photographs, "recall": recall, "memory": memory}
+SPECIAL = {"photographs": photographs, "memory": memory}
 
 
 def only(given: dict, *names: str) -> dict:
@@ -276,9 +264,8 @@ def only(given: dict, *names: str) -> dict:
     return given
 
 
-def ablate(arguments: argparse.Namespace) -> None:
-    print(ablation.run(arguments.out, arguments.seeds, given_options(arguments), arguments.tasks))
-    ablation_picture(ablation.load(arguments.out), arguments.out / "ablation.png")
+def study(arguments: argparse.Namespace) -> None:
+    arguments.study(arguments)
 
 
 def plot(arguments: argparse.Namespace) -> None:

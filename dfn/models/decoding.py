@@ -87,6 +87,8 @@ class Seen:
     """What a block keeps of the entities so far: where they are, what they say, how much they moved; S = B H."""
 
     def __init__(self, attention: DynamicFlowAttention, search: Stream | Scan, values: Tensor, energy: Tensor):
+        if not attention.normalize:
+            raise ValueError("Decoder: the model's blocks must have normalize=True, got False")
         self.search, self.values, self.energy = search, values, energy  # [S, capacity, c]; float64 [B]
         sigma = attention.log_sigma.exp()
         sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))

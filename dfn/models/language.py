@@ -10,7 +10,7 @@ from dfn_kernels._checks import are_sizes
 from ..training.losses import wide
 from ..training.progress import shown
 from .decoding import Decoder
-from .layers import DFNBlock, EntityPositions, check_shape
+from .layers import DFNBlock, EntityPositions, check_shape, make_norm
 from .memory import MemoryState, PersistentFieldMemory
 
 
@@ -29,7 +29,8 @@ class DFNLanguageModel(nn.Module):
     Args:
         vocab_size: V; 256 for bytes. dim: d. layers, heads: H. pos_dim: D. k: neighbours per head.
         memory_size: M, entities of the memory; 0 is none.
-        block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`.
+        block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`. Its
+            ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too.
 
     Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
     ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
@@ -50,10 +51,12 @@ class DFNLanguageModel(nn.Module):
         self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
                            memory_size=memory_size, block_options=options)  # fmt: skip
         self.embed = nn.Embedding(vocab_size, dim)
-        self.positions = EntityPositions(dim, heads, pos_dim)
+        self.positions = EntityPositions(dim, heads, pos_dim, semantic=options.get("semantic"))
         self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, causal=True, **options) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size)
+        self.dropout = nn.Dropout(options.get("dropout", 0.0))
+        bias = options.get("bias", True)
+        self.norm = make_norm(options.get("norm", "layer"), dim, bias)
+        self.head = nn.Linear(dim, vocab_size, bias=bias)
         self.memory = None
         if memory_size:
             self.memory = PersistentFieldMemory(memory_size, dim, heads * pos_dim, merge_radius=0.02)
@@ -64,7 +67,7 @@ class DFNLanguageModel(nn.Module):
         self.check_memory(memory)
         if ptr is not None and self.memory is not None:
             raise ValueError("DFNLanguageModel: ptr must be None with a memory, which belongs to one text")
-        states = self.embed(ids)
+        states = self.dropout(self.embed(ids))
         positions = self.positions(states, ptr=ptr)
         for block in self.blocks[:-1]:
             states, positions = block(states, positions, ptr=ptr)

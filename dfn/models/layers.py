@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
@@ -108,8 +109,10 @@ class Heads(NamedTuple):
     offset: list[float]  # the receiver's shift along coordinate 0
 
 
-def recommended_heads(heads: int) -> Heads:
+def recommended_heads(heads: int, semantic: int | None = None) -> Heads:
     """One head in four is semantic, one in four looks at the previous entity, the others see a stretch of time.
+
+    ``semantic``: so many semantic heads instead, taken from or given to those that see a stretch.
 
     Four heads give time scales (0, 1/8, 1/2, 1), sigmas (1, 2, 2, 0.4), alphas (1, 0.1, 0.1, 0.1) and offsets
     (0, 0, 0, -1), which were measured; other numbers follow the same pattern, and further heads for the previous
@@ -118,13 +121,16 @@ def recommended_heads(heads: int) -> Heads:
     if heads < 1:
         raise ValueError(f"recommended_heads: heads must be at least 1, got {heads}")
     few = max(1, heads // 4) if heads > 1 else 0
-    stretches = heads - 2 * few
+    timeless = few if semantic is None else semantic
+    if not 0 <= timeless <= heads - few:
+        raise ValueError(f"recommended_heads: semantic must be between 0 and {heads - few}, got {timeless}")
+    stretches = heads - timeless - few
     scales = [0.125 * 4 ** (i / (stretches - 1)) for i in range(stretches)] if stretches > 1 else [0.5] * stretches
     return Heads(
-        time_scale=[0.0] * few + scales + [1.0] * few,
-        alpha=[1.0] * few + [0.1] * (heads - few),
-        sigma=[1.0] * few + [2.0] * stretches + [0.4] * few,
-        offset=[0.0] * (few + stretches) + [-float(i) for i in range(1, few + 1)],
+        time_scale=[0.0] * timeless + scales + [1.0] * few,
+        alpha=[1.0] * timeless + [0.1] * (heads - timeless),
+        sigma=[1.0] * timeless + [2.0] * stretches + [0.4] * few,
+        offset=[0.0] * (timeless + stretches) + [-float(i) for i in range(1, few + 1)],
     )
 
 
@@ -136,11 +142,13 @@ class EntityPositions(nn.Module):
     scale instead; semantic heads have no time.
     """
 
-    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05):
+    undecayed = ("place.weight",)  # see `Trainer`
+
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None):
         super().__init__()
         are_sizes("EntityPositions", dim=dim, heads=heads, pos_dim=pos_dim)
         self.heads, self.pos_dim = heads, pos_dim
-        scales = recommended_heads(heads).time_scale
+        scales = recommended_heads(heads, semantic).time_scale
         self.semantic = scales.count(0.0)  # the semantic heads come first
         self.place = nn.Linear(dim, heads * pos_dim)
         nn.init.normal_(self.place.weight, std=std / dim**0.5)
@@ -165,7 +173,9 @@ class DynamicFlowAttention(nn.Module):
     ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``. The
     heads' step lengths alpha and widths sigma are learned.
 
-    For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so.
+    For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so;
+    without ``normalize`` it reads the weighted sum instead of the mean. Without ``bias`` there are no b_f and b_v;
+    ``semantic`` as in `recommended_heads`; ``sigma`` multiplies the widths at the start.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
     ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
@@ -173,18 +183,23 @@ class DynamicFlowAttention(nn.Module):
     through W_v.
     """
 
+    undecayed = ("offset",)  # see `Trainer`
+
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 flow: bool = True, receiver_drift: bool = True):  # fmt: skip
+                 flow: bool = True, receiver_drift: bool = True, normalize: bool = True, bias: bool = True,
+                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DynamicFlowAttention", dim, heads, pos_dim, k)
         self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
-        start = recommended_heads(heads)
-        self.flow = nn.Linear(dim, heads * pos_dim)
-        self.value = nn.Linear(dim, dim)
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"DynamicFlowAttention: sigma must be positive and finite, got {sigma}")
+        self.normalize, start = normalize, recommended_heads(heads, semantic)
+        self.flow = nn.Linear(dim, heads * pos_dim, bias=bias)
+        self.value = nn.Linear(dim, dim, bias=bias)
         self.alpha = nn.Parameter(torch.tensor(start.alpha))
-        self.log_sigma = nn.Parameter(torch.tensor(start.sigma).log())
+        self.log_sigma = nn.Parameter((sigma * torch.tensor(start.sigma)).log())
         self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
-        for p in [*([] if flow else [self.flow.weight, self.flow.bias]), *([] if receiver_drift else [self.offset])]:
+        for p in [*([] if flow else self.flow.parameters()), *([] if receiver_drift else [self.offset])]:
             nn.init.zeros_(p).requires_grad_(False)
 
     def forward(
@@ -197,7 +212,7 @@ class DynamicFlowAttention(nn.Module):
         context, drift, _ = flow_attention(
             moving, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(), self.k,
             flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
-            influence=influence, causal=self.causal, lengths=lengths, normalize=True, ptr=ptr, **extra,
+            influence=influence, causal=self.causal, lengths=lengths, normalize=self.normalize, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
 
@@ -217,6 +232,18 @@ class DynamicFlowAttention(nn.Module):
         return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
 
 
+class GatedMLP(nn.Module):
+    """``W_o (silu(W_g x) * W_u x)``: SwiGLU, ``[.., I] -> [.., O]``. Source: Shazeer, GLU variants (2020)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, bias: bool = False):
+        super().__init__()
+        self.up, self.out = nn.Linear(inputs, 2 * hidden, bias=bias), nn.Linear(hidden, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.out(silu(gate) * up)
+
+
 class DFNBlock(nn.Module):
     """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = LayerNorm(x)``.
 
@@ -231,6 +258,10 @@ class DFNBlock(nn.Module):
         norm_eps: eps of FlowNorm.
         flow, receiver_drift, flow_norm: False switches off the drift of the entities, the receiver's offset (see
             `DynamicFlowAttention`), or FlowNorm, to see what they are worth.
+        mlp: "gelu", 2 d wide, or "swiglu" of as many weights. norm: "layer" or "rms". bias: of all linear maps and the
+            LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
+            at the start. dropout: the share of what is added that is left out in training.
+        normalize, semantic, sigma: as in `DynamicFlowAttention`.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None,
     ptr=None)`` gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody;
@@ -240,16 +271,31 @@ class DFNBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True,
-                 flow_norm: bool = True):  # fmt: skip
+                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, flow_norm: bool = True,
+                 normalize: bool = True, mlp: str = "gelu", norm: str = "layer", bias: bool = True,
+                 output_scale: float = 1.0, dropout: float = 0.0, semantic: int | None = None,
+                 sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
-        self.norm = nn.LayerNorm(dim)
+        for name, value, known in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("layer", "rms"))):
+            if value not in known:
+                raise ValueError(f"DFNBlock: {name} must be one of {', '.join(known)}, got {value!r}")
+        self.norm = make_norm(norm, dim, bias)
         self.attention = DynamicFlowAttention(
-            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift
-        )
+            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift, normalize=normalize,
+            bias=bias, semantic=semantic, sigma=sigma,
+        )  # fmt: skip
         self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        if mlp == "gelu":
+            wide, narrow = nn.Linear(2 * dim, 2 * dim, bias=bias), nn.Linear(2 * dim, dim, bias=bias)
+            self.mlp, last = nn.Sequential(wide, nn.GELU(), narrow), narrow
+        else:
+            self.mlp = GatedMLP(2 * dim, round(6 * dim / 5), dim, bias)
+            last = self.mlp.out
+        self.dropout = nn.Dropout(dropout)
+        with torch.no_grad():
+            self.out.weight *= output_scale
+            last.weight *= output_scale
         self.flow_norm = FlowNorm(norm_eps, "causal" if causal else "mean") if flow_norm else None
 
     def forward(
@@ -264,7 +310,12 @@ class DFNBlock(nn.Module):
         elif lengths is not None:
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
             update = update.masked_fill(padding[..., None], 0)
-        return states + self.out(y) + update, drift.positions
+        return states + self.dropout(self.out(y) + update), drift.positions
+
+
+def make_norm(norm: str, dim: int, bias: bool = True) -> nn.Module:
+    """ "layer" or "rms"."""
+    return nn.LayerNorm(dim, bias=bias) if norm == "layer" else nn.RMSNorm(dim, eps=1e-6)
 
 
 class FlowMixer(nn.Module):

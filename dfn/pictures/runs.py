@@ -1,5 +1,6 @@
 """The pictures of a run: what `dfn plot` draws."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,18 +10,18 @@ from ..fields.sampler import reconstruct
 from ..runs.bits import judged, text_baselines
 from ..runs.digits import sample_digits
 from ..runs.run import Run
-from ..studies.ablation import load
-from .ablation import ablation
 from .drift import drift
+from .studies import draw_study
 from .style import GRID, INK, ORANGE, SOFT, pyplot, style_axes
 from .training import loss_curve
 
 
 def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
-    """Draws the pictures of a run, or of an ablation, into its folder and returns their paths."""
+    """Draws the pictures of a run, or of a study, into its folder and returns their paths."""
     folder = Path(folder)
-    if (folder / "ablation.json").exists():
-        return [ablation(load(folder), folder / "ablation.png")]
+    if (folder / "study.json").exists():
+        found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        return [draw_study(found, folder / "study.png")]
     run = Run.load(folder, say)
     run.model.cpu()
     paths = [folder / "loss_curve.png"]

@@ -2,6 +2,7 @@
 
 INK, SOFT, GRID = "#1f2430", "#7a8194", "#e6e8ee"
 BLUE, ORANGE, GREEN = "#2f6fde", "#e4572e", "#2a9d6f"
+PURPLE, SAND = "#8457b8", "#c08a2b"
 
 
 def style_axes(ax, title: str = "") -> None:

@@ -40,11 +40,13 @@ class Options:
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
+    dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps over which it rises", 0)
     weight_decay: float = option(0.01, "of the matrices", 0)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
+    keep: str = option("last", "the weights to end with: the last, or the best held out", choices=("last", "best"))
     threads: int = option(0, "threads of the CPU (0: as many as take the least time for a step)", 0)
 
     @classmethod
@@ -103,4 +105,4 @@ class Options:
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
-OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without")
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "dropout")

@@ -25,6 +25,7 @@ from .tasks import KINDS, Task
 from .threads import fast_threads
 
 Say = Callable[[str], object]
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Run:
         options = Options.restored(checkpoint.facts, checkpoint.path)
         task = KINDS[options.kind](options)
         model = task.model()
-        _load_weights(model, checkpoint)
+        best = _best(Path(folder), options)
+        _load_weights(model, best or checkpoint)
         history = History.of(checkpoint.part("history"))
         return cls(options, task, model.to(default_device()).eval(), history, Path(folder))
 
@@ -85,6 +87,7 @@ class Run:
 def train(
     options: Options, folder: Path, *, resume: bool = False, given: dict | None = None, init: Path | None = None,
     every: int = 100, evaluations: int = 8, progress: bool = True, say: Say = print,
+    make_task: Callable[[Options], Task] | None = None,
 ) -> Run:  # fmt: skip
     """Trains a task, with a checkpoint every ``every`` steps and at the end; with ``resume`` from the last good one.
 
@@ -92,6 +95,8 @@ def train(
     optimizer, random generators, the place in the data, memory and number of threads come from the checkpoint.
     ``given`` are the options that the caller insists on: those of the checkpoint must agree, except for more steps.
     Ctrl-C ends the step that is under way and keeps it. A new run begins with the weights of the run in ``init``.
+    ``make_task`` makes another task than that of the kind. With ``keep="best"`` the weights with the least held-out
+    loss of all evaluations are kept in ``best.safetensors`` and are those of the finished run.
 
     Raises UsageError (the folder holds a run and ``resume`` is not asked for, or options, weights or data disagree),
     `checkpoints.Busy` (another run writes in the folder), CheckpointError (no checkpoint is good), OSError (the folder
@@ -103,13 +108,14 @@ def train(
         raise UsageError(f"{folder} is a file; a run needs a folder")
     with checkpoints.locked(folder) if rank == 0 else contextlib.nullcontext():
         return _train(
-            options, folder, resume, given or {}, init, every, evaluations, progress, _nothing if rank else say
-        )
+            options, folder, resume, given or {}, init, every, evaluations, progress, _nothing if rank else say,
+            make_task or KINDS[options.kind],
+        )  # fmt: skip
 
 
 def _train(
     options: Options, folder: Path, resume: bool, given: dict, init: Path | None, every: int, evaluations: int,
-    progress: bool, say: Say,
+    progress: bool, say: Say, make_task: Callable[[Options], Task],
 ) -> Run:  # fmt: skip
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     checkpoint = _to_resume(folder, rank, say)
@@ -125,7 +131,7 @@ def _train(
         raise UsageError(f"batch must be a multiple of the {processes} processes, got {options.batch}")
 
     torch.manual_seed(options.seed)
-    task = KINDS[options.kind](options)
+    task = make_task(options)
     say(task.summary())
     model = task.model().to(default_device())
     if init is not None and checkpoint is None:
@@ -148,6 +154,11 @@ def _train(
 
     def keep(history: History) -> None:
         nonlocal last
+        values = [x for _, _, x in history.evaluated]
+        judged_now = options.keep == "best" and rank == 0 and values and history.evaluated[-1][0] == trainer.step
+        if judged_now and values[-1] == min(values):
+            weights = {f"model.{name}": x for name, x in model.state_dict().items()}
+            checkpoints.write(folder / BEST, weights, {"step": trainer.step})
         if trainer.step % every and trainer.step < options.steps and not interruption.asked:
             return
         row_state = _gathered(task.row_state())
@@ -172,7 +183,17 @@ def _train(
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         error.args = (f"{error}; {kept}",)
         raise
+    best = _best(folder, options) if rank == 0 else None
+    if best is not None:
+        model.load_state_dict(best.part("model"))
+        say(f"the least held-out loss was that of step {best.facts['step']}: {best.path}")
     return Run(options, task, model, history, folder)
+
+
+def _best(folder: Path, options: Options) -> Checkpoint | None:
+    if options.keep != "best" or not (folder / BEST).exists():
+        return None
+    return checkpoints.load(folder / BEST)
 
 
 def options_like(init: Path, kind: str, given: dict, say: Say = print) -> Options:
@@ -330,6 +351,9 @@ def _restore(checkpoint: Checkpoint, trainer: Trainer, task: Task, generator: to
         i, name = key.split(".")
         state.setdefault(int(i), {})[name] = x
     groups = trainer.optimizer.state_dict()["param_groups"]
+    params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    if any("exp_avg" in x and x["exp_avg"].shape != params[i].shape for i, x in state.items()):
+        raise CheckpointError(f"{checkpoint.path} is of an older version; --init begins a new run with its weights")
     trainer.load_state_dict({
         "model": checkpoint.part("model"), "optimizer": {"state": state, "param_groups": groups},
         "step": checkpoint.facts["step"], "elapsed": checkpoint.facts["elapsed"],

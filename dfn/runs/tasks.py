@@ -104,7 +104,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
-    own = ("data", "length", "memory_size", "pack", "without")
+    own = ("data", "length", "memory_size", "pack", "without", "dropout")
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
@@ -118,7 +118,8 @@ class Text(Task):
 
     def model(self) -> DFNLanguageModel:
         o = self.options
-        config = dict(vocab_size=256, memory_size=o.memory_size, **o.block())
+        options = {"dropout": o.dropout} if o.dropout else {}
+        config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.block())
         return DFNLanguageModel(**(ablated(config, o.without) if o.without else config))
 
     def batch(self, generator, held_out=False):

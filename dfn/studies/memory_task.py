@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..models.language import DFNLanguageModel, ablated
+from ..models.language import DFNLanguageModel
 from ..training.trainer import Trainer
 
 KEYS, VALUES = 6, 4
@@ -30,11 +30,11 @@ def two_segments(batch: int, generator: torch.Generator | None = None) -> tuple[
 
 
 def segments_accuracy(
-    *, remember: bool = True, without: str = "", steps: int = 130, seed: int = 0, progress: bool = False
+    config: dict = CONFIG, *, remember: bool = True, steps: int = 130, seed: int = 0, progress: bool = False
 ) -> tuple[float, float]:
     """Trains a small model, and says how many questions it answers in the first and in the second segment.
 
-    ``remember=False`` forgets between the segments; ``without`` leaves out a part of the model (`dfn.models.ablated`).
+    ``remember=False`` forgets between the segments; ``config`` are the arguments of a `DFNLanguageModel`.
     Guessing one of four gives 0.25.
     """
 
@@ -49,7 +49,7 @@ def segments_accuracy(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = DFNLanguageModel(**(ablated(CONFIG, without) if without else CONFIG))
+        model = DFNLanguageModel(**config)
     generator = torch.Generator().manual_seed(seed + 1)
     trainer = Trainer(model, loss=loss, steps=steps, lr=1.5e-2, warmup=10)
     trainer.fit((two_segments(48, generator) for _ in range(steps)), progress=progress)

@@ -1,37 +1,49 @@
-"""Associative recall: a task that looks simple and that many attention-free models fail; and a Transformer to compare.
+"""Recall: associative recall of many pairs, which looks simple and which many attention-free models fail.
 
 `recall_batch` makes the sequences: pairs of a key and a value, then queries, each a key that has been there. A model
-that answers must look up what followed the same key earlier on.
+that answers must look up what followed the same key earlier on. `scattered_batch` is the same as Zoology has it: a
+large vocabulary, queries strewn over random tokens, mostly near, now and then far from their pair.
+
+Source: Arora et al., Zoology: measuring and improving recall in efficient language models (2023).
 """
 
-import time
-from collections.abc import Iterable, Iterator
+import argparse
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..models.language import DFNLanguageModel
-from ..models.layers import count_parameters
-from ..training.trainer import Trainer
+from ..pictures.studies import best_cells
+from ..runs.options import Options, UsageError
+from ..runs.tasks import Task
+from ..training.losses import language_modelling
+from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
+from .rivals import KINDS, contender
 
-MODELS = ("dfn", "transformer")
+MODELS = ("dfn", "transformer++", "window")
 ENOUGH = 0.99
+LONGEST = 256
+VOCABULARY = 8192  # Zoology's
+POWER = 0.01  # of its gaps
+JUDGED = 1000  # sequences
 
 
 def recall_batch(
-    batch: int, pairs: int, *, keys: int = 32, vocab_size: int = 64, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Multi-query associative recall: ``(ids, targets)``, int64 ``[batch, 6 * pairs]``.
+    batch: int, pairs: int, *, queries: int | None = None, keys: int = 32, vocab_size: int = 64,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Multi-query associative recall: ``(ids, targets)``, int64 ``[batch, 2 * (pairs + queries)]``.
 
-    First come ``pairs`` pairs of a key and a value, keys all different; then 2 * pairs queries, each a key of those
-    followed by its value. Keys are the ids below ``keys``, values the others. targets are the value that follows
-    where a queried key stands, and -100, "do not score", elsewhere.
+    First come ``pairs`` pairs of a key and a value, keys all different; then queries, 2 * pairs of them unless given,
+    each a key of those followed by its value. Keys are the ids below ``keys``, values the others. targets are the value
+    that follows where a queried key stands, and -100, "do not score", elsewhere.
     """
     if not 1 <= pairs <= keys < vocab_size:
         raise ValueError(f"recall_batch: needed is 1 <= pairs <= keys < vocab_size, got {pairs}, {keys}, {vocab_size}")
     key = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs]
     value = torch.randint(keys, vocab_size, (batch, pairs), generator=generator)
-    asked = torch.randint(pairs, (batch, 2 * pairs), generator=generator)
+    asked = torch.randint(pairs, (batch, 2 * pairs if queries is None else queries), generator=generator)
     order = torch.cat([torch.arange(pairs).expand(batch, -1), asked], 1)
     ids = torch.stack([key.gather(1, order), value.gather(1, order)], -1).flatten(1)
     targets = torch.full_like(ids, -100)
@@ -39,109 +51,147 @@ def recall_batch(
     return ids, targets
 
 
-class TransformerLanguageModel(nn.Module):
-    """The usual one, pre-norm with learned positions, of about as many parameters as `DFNLanguageModel`.
+def scattered_batch(
+    batch: int, pairs: int, length: int, *, vocab_size: int = VOCABULARY, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """As Zoology has it: ``(ids, targets)``, int64 ``[batch, length]``.
 
-    Its MLP is 2 d wide, so that a layer has 8 d^2 weights like a `DFNBlock`. ``(ids [B, N], memory=None)`` gives
-    ``(logits [B, N, V], None)``; N is at most ``max_length``.
+    After the pairs every key is asked once, at an even place; how far off falls with the power ``0.01 - 1``. All else
+    is random. targets are the value where a queried key stands, which does not follow there, and -100 elsewhere.
     """
+    free, keys = (length - 2 * pairs) // 2, vocab_size // 2
+    if not 1 <= pairs <= min(free, keys - 1):
+        raise ValueError(
+            f"scattered_batch: length must be at least {4 * pairs} and vocab_size above {2 * pairs} for {pairs} pairs, "
+            f"got {length} and {vocab_size}"
+        )
+    key = 1 + torch.rand(batch, keys - 1, generator=generator).argsort(1)[:, :pairs]
+    value = keys + torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs]
+    chance = torch.arange(1, free + 1, dtype=torch.float64) ** (POWER - 1)
+    gaps = torch.multinomial(chance.expand(batch, -1), pairs, generator=generator)
+    ids = torch.randint(vocab_size, (batch, length), generator=generator)
+    ids[:, : 2 * pairs] = torch.stack([key, value], -1).flatten(1)
+    places = 2 * pairs + 2 * gaps
+    ids.scatter_(1, places, key)
+    return ids, torch.full_like(ids, -100).scatter_(1, places, value)
 
-    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, max_length: int = 256):
-        super().__init__()
-        self.embed, self.place = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
-        nn.init.normal_(self.place.weight, std=0.02)
-        options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 2 * dim, **options) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
 
-    def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
-        N = ids.shape[1]
-        states = self.embed(ids) + self.place.weight[:N]
-        mask = nn.Transformer.generate_square_subsequent_mask(N, ids.device, states.dtype)
-        for block in self.blocks:
-            states = block(states, mask, is_causal=True)
-        return self.head(self.norm(states)), None
+class Recall(Task):
+    """Batches of recall; ``held_out_loss`` is the share of `JUDGED` sequences' queries that are answered."""
+
+    partial = False
+
+    def __init__(self, options: Options, build: Callable[[], nn.Module], draw: Callable, vocab_size: int = 64):
+        super().__init__(options)
+        self.build, self.draw, self.vocab_size = build, draw, vocab_size
+
+    def model(self) -> nn.Module:
+        return self.build()
+
+    def batch(self, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        return self.draw(self.options.batch, generator)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return language_modelling(model(batch[0])[0], batch[1])
+
+    def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
+        ids, targets = self.draw(JUDGED, torch.Generator().manual_seed(self.options.seed + 2**32))
+        device = next(model.parameters()).device
+        return recall_accuracy(model, ids.to(device), targets.to(device), self.vocab_size)
 
 
 @torch.no_grad()
-def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor) -> float:
+def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor, vocab_size: int = 64) -> float:
     """The share of the queries, targets that are not -100, whose value is the likeliest."""
-    right = [model(i)[0].argmax(-1) == t for i, t in zip(ids.split(250), targets.split(250), strict=True)]
+    rows = max(1, 2**25 // (ids.shape[1] * vocab_size))  # what 128 MiB of logits hold
+    right = [model(i)[0].argmax(-1) == t for i, t in zip(ids.split(rows), targets.split(rows), strict=True)]
     return torch.cat(right)[targets >= 0].float().mean().item()
 
 
-def run_recall(
-    model: str = "dfn", pairs: int = 8, seeds: Iterable[int] = (0, 1, 2), steps: int = 1500, *, batch: int = 32,
-    dim: int = 64, layers: int = 2, vocab_size: int = 64, lr: float = 3e-3, warmup: int = 200,
-    evaluations: int = 15, device: str = "cpu", progress: bool = True,
-) -> list[dict]:  # fmt: skip
-    """Trains a model with default options per seed on ``recall_batch(batch, pairs)`` and says how much it recalls.
-
-    Args:
-        model: "dfn" or "transformer", of about the same number of parameters.
-        pairs: 1 to half the vocabulary, whose lower half are keys; sequences are ``6 * pairs`` long.
-        lr, warmup: the highest learning rate, and the steps that lead up to it. Fewer of them let a run end at 97 or
-            98 % now and then: an id whose entities are thrown far away early on is out of reach of the Gaussian, and
-            with it of the gradient.
-        evaluations: how often the accuracy is taken on the way, on 250 sequences.
-        progress: show a bar per run.
-
-    Returns a dictionary per seed: ``model, pairs, length, seed, steps, batch, lr, warmup, parameters``, ``accuracy``
-    (0 to 1, on 1,000 sequences not trained on), ``curve`` (pairs of step and accuracy), ``steps_to_99`` (the first of
-    the curve with 99 %, or None), ``loss`` (mean of the last 20 steps, nats), ``seconds``. On the CPU it runs on one
-    thread, for which such a model is just large enough.
-
-    Raises ValueError (model, pairs) and NonFiniteLoss (training).
-    """
-    if model not in MODELS:
-        raise ValueError(f"run_recall: model must be one of {', '.join(MODELS)}, got {model!r}")
-    threads, keys = torch.get_num_threads(), vocab_size // 2
-
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        ids, targets = recall_batch(count, pairs, keys=keys, vocab_size=vocab_size, generator=generator)
-        return ids.to(device), targets.to(device)
-
-    def stream(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield draw(batch, generator)
-
-    results = []
-    torch.set_num_threads(1)
-    try:
-        for seed in seeds:
-            held_out = draw(1000, torch.Generator().manual_seed(seed + 2**32))
-            glance = tuple(x[:250] for x in held_out)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                if model == "dfn":
-                    net = DFNLanguageModel(vocab_size=vocab_size, dim=dim, layers=layers).to(device)
-                else:
-                    net = TransformerLanguageModel(vocab_size, dim, layers, max_length=6 * pairs).to(device)
-            trainer, began = Trainer(net, steps=steps, lr=lr, warmup=warmup), time.perf_counter()
-            history = trainer.fit(
-                stream(torch.Generator().manual_seed(seed)),
-                evaluate=lambda net=net, glance=glance: recall_accuracy(net, *glance),
-                evaluations=evaluations,
-                progress=progress,
-            )
-            curve = [(step, accuracy) for step, _, accuracy in history.evaluated]
-            results.append(dict(
-                model=model, pairs=pairs, length=6 * pairs, seed=seed, steps=steps, batch=batch, lr=lr, warmup=warmup,
-                parameters=count_parameters(net), accuracy=recall_accuracy(net, *held_out), curve=curve,
-                steps_to_99=next((step for step, accuracy in curve if accuracy >= ENOUGH), None),
-                loss=sum(history.losses[-20:]) / len(history.losses[-20:]),
-                seconds=round(time.perf_counter() - began, 1),
-            ))  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
-    return results
+# ---- the study ------------------------------------------------------------------------------------------------------
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(MODELS), help="default: " + " ".join(MODELS))
+    parser.add_argument("--pairs", type=positive, nargs="+", default=[4, 8, 16, 32, 64], help="default: 4 8 16 32 64")
+    parser.add_argument("--dims", type=positive, nargs="+", default=[64, 128], help="sizes of a state (64 128)")
+    parser.add_argument("--depths", type=positive, nargs="+", default=[1, 2], help="numbers of layers (1 2)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates to try (3e-3)")
+    parser.add_argument("--zoology", action="store_true", help="8,192 tokens and scattered queries")
+    parser.add_argument("--evaluations", type=positive, default=15, help="points of a curve (default: 15)")
+    add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=3, warmup=200, weight_decay=0.01, seed=0)
 
 
-def recall_table(results: list[dict]) -> str:
-    """Markdown: a row per run of `run_recall`."""
-    lines = ["| model | parameters | pairs | length | seed | recalled | 99 % after |", "|---|---|---|---|---|---|---|"]
-    for r in results:
-        after = "not reached" if r["steps_to_99"] is None else f"{r['steps_to_99']:,} steps"
-        size = f"{r['parameters']:,} | {r['pairs']} | {r['length']} | {r['seed']}"
-        lines.append(f"| {r['model']} | {size} | {100 * r['accuracy']:.2f} % | {after} |")
-    return "\n".join(lines)
+def setting(pairs: int, zoology: bool) -> tuple[int, int]:
+    """Vocabulary and length."""
+    if pairs > 64:
+        raise UsageError(f"pairs must be at most 64, which {LONGEST} tokens hold with their queries, got {pairs}")
+    if zoology:
+        return VOCABULARY, min(LONGEST, max(64, 16 * pairs))
+    return 2 * max(32, pairs), min(6 * pairs, LONGEST)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    use_threads(arguments)
+    grows = ("models", "pairs", "dims", "depths")
+    settings = {pairs: setting(pairs, arguments.zoology) for pairs in arguments.pairs}
+    study = Study("recall", arguments.out, asked(arguments, *grows), evaluations=arguments.evaluations,
+                  progress=not arguments.quiet)  # fmt: skip
+
+    def compute(kind: str, layers: int, dim: int, pairs: int, rate: float, seed: int) -> dict:
+        vocab_size, length = settings[pairs]
+        config = dict(vocab_size=vocab_size, dim=dim, layers=layers, k=arguments.k, pos_dim=arguments.pos_dim)
+        options = options_of(arguments, lr=rate, seed=seed, dim=dim, layers=layers, length=length)
+
+        def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            if arguments.zoology:
+                return scattered_batch(batch, pairs, length, vocab_size=vocab_size, generator=generator)
+            queries, keys = length // 2 - pairs, vocab_size // 2
+            return recall_batch(batch, pairs, queries=queries, keys=keys, vocab_size=vocab_size, generator=generator)
+
+        def cell(folder) -> dict:
+            build = lambda: contender(kind, config, length, same_shape=True)  # noqa: E731
+            result = study.trained(lambda o: Recall(o, build, draw, vocab_size), options, folder)[1]
+            after = next((point["step"] for point in result["curve"] if point["value"] >= ENOUGH), None)
+            return {**result, "steps_to_99": after, "length": length, "vocabulary": vocab_size}
+
+        return study.cell(f"{kind}/{layers}/{dim}/{pairs}/{rate:g}/{seed}", cell)
+
+    with study.reported(table):
+        for layers in arguments.depths:
+            for dim in arguments.dims:
+                for pairs in arguments.pairs:
+                    for kind in arguments.models:
+                        one = lambda r, s, a=(kind, layers, dim, pairs): compute(*a, r, s)  # noqa: E731
+                        rate = study.best_rate(arguments.rates, arguments.seed, one, most=True)
+                        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+                            one(rate, seed)
+    return study.found
+
+
+def table(found: dict) -> str:
+    """Markdown: a row per number of layers, size, number of pairs and model."""
+    o, rows = found["options"], []
+    best = best_cells(found, most=True)
+    places = {(int(layers), int(dim), int(pairs), kind): cells for (kind, layers, dim, pairs), cells in best.items()}
+    for (layers, dim, pairs, kind), (rate, cells) in sorted(places.items()):
+        reached = [c["steps_to_99"] for c in cells]
+        after = spread([r for r in reached if r is not None], 0) if any(reached) else "not reached"
+        missed = f" ({reached.count(None)} not)" if any(reached) and None in reached else ""
+        rows.append([str(layers), str(dim), str(pairs), str(cells[0]["length"]), kind, f"{cells[0]['parameters']:,}",
+                     rate, str(len(cells)), spread([100 * c["value"] for c in cells], 2),
+                     f"{100 * min(c['value'] for c in cells):.2f}", after + missed])  # fmt: skip
+    failed = "; ".join(f"{key} {c['failed']}" for key, c in found["cells"].items() if "failed" in c)
+    head = ["layers", "dim", "pairs", "length", "model", "parameters", "learning rate", "seeds", "recalled, %",
+            "worst seed", "99 % after steps"]  # fmt: skip
+    kind = "8,192 tokens, scattered queries" if o["zoology"] else "a small vocabulary, queries after the pairs"
+    return "\n\n".join([
+        f"# Recall, {kind}",
+        f"{o['steps']:,} steps of {o['batch']} sequences; queries of {JUDGED:,} sequences not trained on, mean ± "
+        "standard deviation of the seeds. Rivals have as many layers, the same dim and as many parameters.",
+        markdown(head, rows),
+        *([f"Ended early: {failed}."] if failed else []),
+        where(found),
+    ]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add, run))

@@ -43,15 +43,19 @@ class Checkpoint(NamedTuple):
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, keep: int = 2) -> Path:
     """Writes the checkpoint of ``step`` and, once that is safe on the disk, removes all but the last ``keep``."""
+    path = write(folder / f"step-{step:08d}.safetensors", tensors, facts)
+    for old in found(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def write(path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
     from safetensors.torch import save as serialize
 
     # Copies: the format refuses tensors that share their memory, as tied weights do.
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     text = json.dumps({"version": VERSION, **facts})
-    path = folder / f"step-{step:08d}.safetensors"
     write_whole(path, serialize(tensors, {"facts": text, "sha256": _checksum(tensors, text)}))
-    for old in found(folder)[:-keep]:
-        old.unlink()
     return path
 
 

@@ -97,7 +97,8 @@ class Trainer:
 
     The step length rises over ``warmup`` steps to ``lr`` and falls along a cosine to ``final * lr`` at the end, where
     the end is counted in steps or in seconds: a run of two minutes decays fully on a slow machine, too. Matrices
-    decay by ``weight_decay``; biases, gains, embeddings and the scalars of the heads do not.
+    decay by ``weight_decay``; biases, gains, embeddings, positions and the scalars of the heads do not, nor do the
+    parameters that a module names in ``undecayed``.
 
     Args:
         model: what to train. loss: ``(model, batch) -> 0-d Tensor``, the mean over the rows of the batch.
@@ -138,8 +139,9 @@ class Trainer:
         self.step, self.elapsed, self.history = 0, 0.0, History()
         self.device = next(model.parameters()).device
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-        matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
-        other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
+        kept = embeddings | {id(m.get_parameter(n)) for m in model.modules() for n in getattr(m, "undecayed", ())}
+        matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in kept]
+        other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in kept]
         groups = [{"params": matrix, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         self.graph: graphed.StepGraph | None = None
@@ -307,7 +309,7 @@ class Trainer:
         stream = self._endless(batches)
         self.model.train()
         bar = TrainingBar(self) if progress else None
-        due = self.progress + 1 / evaluations if evaluations else math.inf
+        due = self._next_point(evaluations)
         tokens = began_with = history.tokens[-1] if history.tokens else 0
         began_at = self.elapsed
         try:
@@ -323,7 +325,7 @@ class Trainer:
                 if bar:
                     bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
                 if evaluate and (self.progress >= due or self.progress >= 1):
-                    due = max(due, self.progress) + 1 / evaluations if self.progress < 1 else math.inf
+                    due = self._next_point(evaluations)
                     history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
                     if bar:
                         bar.held_out = history.evaluated[-1][2]
@@ -334,6 +336,10 @@ class Trainer:
                 bar.close()
             self.model.eval()
         return history
+
+    def _next_point(self, evaluations: int) -> float:
+        """The next of ``evaluations`` evenly spaced shares of the run: the same ones when it is gone on with."""
+        return (math.floor(self.progress * evaluations + 1e-9) + 1) / evaluations if evaluations else math.inf
 
     def _endless(self, batches: Iterable[tuple]) -> Iterator[tuple]:
         while True:

@@ -12,7 +12,6 @@ from helpers import INTERPRETED
 
 from dfn import cli, runs
 from dfn.runs.options import Options
-from dfn.studies import ablation
 from dfn.training import checkpoints
 
 pytest.importorskip("safetensors")
@@ -132,28 +131,9 @@ def test_nan_is_a_failure(text, tmp_path, capsys):
     assert "is not finite in step" in said and "first seen in" in said and "last good checkpoint is" in said
 
 
-def test_ablation(text, tmp_path, capsys, monkeypatch):
-    """Three steps and two seeds; a second call trains nothing and makes the same table."""
-    arguments = ["ablate", "--out", tmp_path, "--data", text, "--steps", 3, "--seeds", 2, "--memory-size", 4, *TINY]
-    assert dfn(*arguments) == 0
-    said = capsys.readouterr().out
-    table = (tmp_path / "ablation.md").read_text()
-    assert table in said and {p.name for p in tmp_path.iterdir()} == {f"ablation.{e}" for e in ("md", "json", "png")}
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
-    assert [row[0].strip() for row in rows[2:]] == list(ablation.LINES.values())
-    assert all("±" in row[1] for row in rows[2:])
-    found = ablation.load(tmp_path)
-    values = [ablation.column(found, "text", line) for line in ablation.LINES]
-    assert all(set(by_seed) == {0, 1} for by_seed in values)
-    assert len({x for by_seed in values for x in by_seed.values()}) == 12  # every run is another one
-    monkeypatch.setattr(ablation, "CELLS", {})
-    assert dfn(*arguments) == 0 and (tmp_path / "ablation.md").read_text() == table
-    assert "holds an ablation with other options" in failed(capsys, 2, *arguments, "--lr", 1e-3)
-    assert dfn("plot", tmp_path) == 0
-
-
 def test_commands_in_the_docs_are_understood(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "training.md").read_text() + (docs / "evidence.md").read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     assert len(lines) > 10
     for line in lines:
@@ -166,23 +146,8 @@ def test_commands_in_the_docs_are_understood(tmp_path):
     assert (found.kind, found.steps, found.memory_size) == ("text", 200, 256)
 
 
-def test_spread():
-    assert ablation.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
-    assert ablation.spread([1.0], 1) == "1.0" and ablation.spread([], 1) == "-"
-
-
 @pytest.mark.slow
 def test_digits_held_out(tmp_path, capsys):
     pytest.importorskip("sklearn")
     assert dfn("eval", "digits", "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] >= 0.95
-
-
-def test_a_stopped_ablation_shows_what_every_line_has():
-    cells = {f"text/{line}/{seed}": 2.0 + seed for line in ablation.LINES for seed in (0, 1)}
-    cells |= {"text//2": 9.0, "segments//0": 50.0}  # the next seed, and the next task, have just begun
-    options = dict(layers=1, dim=8, heads=4, k=4, memory_size=4, length=8, steps=3)
-    found = dict(cells=cells, options=options, tokens=10, corpus="a text", machine="a machine", flags=" --seeds 3")
-    table = ablation.table(found)
-    assert "text, bits per byte, 2 seeds" in table and "| full model | 2.500 ± 0.707 |" in table
-    assert "9.0" not in table and "segments" not in table

@@ -183,6 +183,42 @@ def test_nan_names_step_layer_and_checkpoint(text, tmp_path, monkeypatch):
         quiet(o, tmp_path / "other")
 
 
+def test_the_best_weights_are_kept(text, tmp_path, monkeypatch):
+    """Judged 5, 2, 3, 4: the run ends with the weights of the second evaluation, also when it is gone on with."""
+    values = iter([5.0, 2.0, 3.0, 4.0])
+    seen = []
+
+    def judged(self, model, batches=2):
+        seen.append({name: x.clone() for name, x in model.state_dict().items()})
+        return next(values)
+
+    monkeypatch.setattr(KINDS["text"], "held_out_loss", judged)
+    wanted = Options.of("text", data=text, length=16, steps=8, keep="best", lr=1e-2, **TINY)
+    run = runs.train(wanted, tmp_path, evaluations=4, progress=False, say=lambda line: None)
+    ended = {name: x.clone() for name, x in run.model.state_dict().items()}
+    assert all(same_bits(ended[name], x) for name, x in seen[1].items())
+    assert not all(same_bits(ended[name], x) for name, x in seen[3].items())
+    loaded = runs.Run.load(tmp_path).model.state_dict()
+    assert all(same_bits(loaded[name], x) for name, x in ended.items())
+    last = checkpoints.load(checkpoints.found(tmp_path)[-1]).part("model")  # what --resume goes on from
+    assert all(same_bits(last[name], x) for name, x in seen[3].items())
+
+
+def test_an_optimizer_of_an_older_version_is_refused(text, tmp_path):
+    """Its moments are numbered as its parameters were, and positions come later now."""
+    wanted = Options.of("text", data=text, length=16, steps=4, **TINY)
+    runs.train(wanted, tmp_path, evaluations=0, progress=False, say=lambda line: None)
+    last = checkpoints.load(checkpoints.found(tmp_path)[-1])
+    numbers = sorted({int(key.split(".")[1]) for key in last.tensors if key.startswith("optimizer.")})
+    turned = {f"optimizer.{n}": f"optimizer.{(n + 1) % len(numbers)}" for n in numbers}
+    moved = {turned.get(key.rsplit(".", 1)[0], key.rsplit(".", 1)[0]) + "." + key.rsplit(".", 1)[1]: x
+             for key, x in last.tensors.items()}  # fmt: skip
+    checkpoints.save(tmp_path, 4, moved, last.facts)
+    with pytest.raises(CheckpointError, match="is of an older version; --init begins a new run with its weights"):
+        runs.train(wanted, tmp_path, resume=True, evaluations=0, progress=False, say=lambda line: None)
+    runs.Run.load(tmp_path)  # the weights are there
+
+
 def test_accumulation_is_the_same_gradient(text, tmp_path):
     """In float64 the parts add up to the whole."""
     from dfn.training.trainer import Trainer

@@ -76,6 +76,14 @@ def test_only_matrices_decay():
     assert all(p.ndim > 1 for p in decayed["params"]) and any(p.shape == (256, 16) for p in others["params"])
 
 
+def test_positions_do_not_decay():
+    model = tiny()
+    _, others = Trainer(model, steps=1).optimizer.param_groups
+    kept = {id(p) for p in others["params"]}
+    assert id(model.positions.place.weight) in kept and all(id(b.attention.offset) in kept for b in model.blocks)
+    assert id(model.blocks[0].attention.flow.weight) not in kept
+
+
 def test_clipping():
     model = nn.Linear(3, 1)
     trainer = Trainer(model, steps=2, clip=0.25, loss=lambda m, batch: 1e3 * m(batch[0]).sum())
@@ -133,6 +141,22 @@ def test_evaluations():
         stream(), evaluate=lambda: calls.append(trainer.model.training) or 1.5, evaluations=4, progress=False
     )
     assert [e[0] for e in history.evaluated] == [3, 6, 9, 12] and history.evaluated[0][2] == 1.5 and not any(calls)
+
+
+@pytest.mark.parametrize("steps, evaluations", [(8, 4), (7, 3), (5, 8)])
+def test_a_run_that_goes_on_evaluates_at_the_same_points(steps, evaluations):
+    def points(stop):
+        trainer = Trainer(tiny(), steps=steps, warmup=0)
+        trainer.step = stop
+        return [e[0] for e in trainer.fit(stream(), evaluate=float, evaluations=evaluations, progress=False).evaluated]
+
+    whole = points(0)
+    assert len(whole) == min(steps, evaluations) and whole[-1] == steps
+    for stop in range(1, steps):
+        assert points(stop) == [p for p in whole if p > stop]
+    trainer = Trainer(tiny(), steps=100)
+    trainer.step = 29  # 29 / 100 * 100 is below 29
+    assert trainer._next_point(100) == 0.3
 
 
 def test_held_out_bits_is_the_mean_loss():

@@ -1,0 +1,93 @@
+"""Language: bits per byte of a Dynamic Flow Network beside Transformers, at equal parameters and equal bytes.
+
+Every model has its own best learning rate of a small grid, chosen on the first seed; the others repeat it with that.
+"""
+
+import argparse
+import sys
+
+from ..pictures.studies import best_cells
+from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
+from .rivals import KINDS, contender
+from .sources import SplitText, beside, bits_by_place, split_by_content
+
+# Of the DFN, about so many parameters with 256 bytes; the others are fitted to it.
+SIZES = {
+    "0.1M": dict(dim=64, layers=2), "0.3M": dict(dim=96, layers=3), "1M": dict(dim=160, layers=4),
+    "2.3M": dict(dim=256, layers=4), "13M": dict(dim=512, layers=6, heads=8),
+}  # fmt: skip
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument("--parameters", choices=SIZES, default="0.3M", help="parameters (default: 0.3M)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2], help="learning rates to try")
+    parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
+    parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
+    add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
+              weight_decay=0.01, seed=0)  # fmt: skip
+
+
+def dfn_config(arguments: argparse.Namespace) -> dict:
+    return dict(vocab_size=256, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters])
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    use_threads(arguments)
+    split = split_by_content(arguments.data)
+    judged = split.held_out[: arguments.judged]
+    study = Study("language", arguments.out, asked(arguments, "data", "models"), split.facts(judged),
+                  evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
+    study.found.setdefault("beside", beside(split, judged))
+    config = dfn_config(arguments)
+
+    def compute(kind: str, rate: float, seed: int) -> dict:
+        options = options_of(arguments, lr=rate, seed=seed)
+        build = lambda: contender(kind, config, options.length)  # noqa: E731
+        judge = lambda model: float(bits_by_place(model, judged, options.length).mean())  # noqa: E731
+        task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
+        cell = lambda folder: study.trained(task, options, folder)[1]  # noqa: E731
+        return study.cell(f"{kind}/{rate:g}/{seed}", cell)
+
+    with study.reported(table):
+        for kind in arguments.models:
+            rate = study.best_rate(arguments.rates, arguments.seed, lambda r, s, kind=kind: compute(kind, r, s),
+                                   most=False)  # fmt: skip
+            for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+                compute(kind, rate, seed)
+    return study.found
+
+
+def table(found: dict) -> str:
+    """Markdown: a row per model, best first, then what was tried, what stands beside and where it ran."""
+    o, rows = found["options"], []
+    ends = {kind: best for (kind,), best in best_cells(found, most=False).items()}
+    mean = {kind: sum(c["value"] for c in cells) / len(cells) for kind, (_, cells) in ends.items()}
+    for kind in sorted(ends, key=mean.get):
+        rate, cells = ends[kind]
+        against = f"{100 * (mean[kind] / mean['dfn'] - 1):+.1f} %" if "dfn" in mean and kind != "dfn" else ""
+        rows.append([kind, f"{cells[0]['parameters']:,}", rate, str(len(cells)), spread([c["value"] for c in cells], 4),
+                     against, spread([c["seconds"] for c in cells], 0)])  # fmt: skip
+    tried = "; ".join(
+        f"{key} {c['failed'] if 'failed' in c else format(c['value'], '.4f')}" for key, c in found["cells"].items()
+    )
+    d = found["data"]
+    others = ", ".join(f"{name} {value:.3f}" for name, value in sorted(found["beside"].items(), key=lambda x: x[1]))
+    seen = o["steps"] * o["batch"] * o["length"]
+    head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn", "seconds"]
+    return "\n\n".join([
+        f"# Language, {o['parameters']} parameters",
+        f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "
+        f"({seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes); mean ± standard deviation of "
+        "the seeds. The learning rate is the best of those tried on the first seed. Less is better.",
+        markdown(head, rows),
+        f"On the same bytes: {others}.",
+        f"Data: {d['name']}, {d['train_bytes'] / 1e6:.1f} MB of {d['files']:,} files; judged on {d['judged_bytes']:,} "
+        f"bytes of {d['held_out_files']:,} other files, chosen by their content.",
+        f"Tried (model/learning rate/seed): {tried}.",
+        where(found),
+    ]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add, run))

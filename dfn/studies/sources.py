@@ -1,0 +1,121 @@
+"""The text that studies train on, split by what files hold, so that the split is the same wherever they lie."""
+
+import hashlib
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..runs.options import Options
+from ..runs.tasks import Text
+from ..training.text import NOT_LIBRARY, bigram_bits_per_byte, bits, compressed_bits_per_byte
+
+HELD_OUT = 20  # one file in so many is held out
+
+
+class Split(NamedTuple):
+    """Bytes to train on and bytes held out, uint8 ``[n]``, each in the order of their files' hashes."""
+
+    name: str
+    train: Tensor
+    held_out: Tensor
+    files: int
+    held_out_files: int
+
+    def facts(self, judged: Tensor) -> dict:
+        return dict(
+            name=self.name, files=self.files, held_out_files=self.held_out_files, train_bytes=len(self.train),
+            held_out_bytes=len(self.held_out), judged_bytes=len(judged), train_sha256=sha256(self.train),
+            judged_sha256=sha256(judged),
+        )  # fmt: skip
+
+
+def sha256(data: Tensor) -> str:
+    return hashlib.sha256(data.numpy()).hexdigest()
+
+
+def split_by_content(path: str | Path | None = None) -> Split:
+    """Whole files, one in twenty held out by the SHA-256 of their bytes; identical files count once.
+
+    Names, folders and order play no part: a renamed file stays on its side, and two machines that share a file agree
+    on it. Without ``path`` the files are the Python sources of this machine, the standard library and what is
+    installed beside it. Of a single file the last tenth is held out. Files with zero bytes are left out.
+
+    Raises ValueError where there are fewer than 100 bytes a side.
+    """
+    if path is None:
+        folders = sysconfig.get_paths()
+        library = Path(folders["stdlib"])
+        files = [f for f in library.rglob("*.py") if not NOT_LIBRARY & set(f.relative_to(library).parts)]
+        files += Path(folders["purelib"]).rglob("*.py")
+        name = f"the sources of Python {sysconfig.get_python_version()} and of the packages installed with it"
+    else:
+        root, name = Path(path), Path(path).name
+        if not root.exists():
+            raise ValueError(f"no such file or folder: {path}")
+        files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file() and f.name[0] != "."]
+    texts = {hashlib.sha256(data).hexdigest(): data for f in files if (data := f.read_bytes()) and b"\0" not in data}
+    keys = sorted(texts)
+    held = [key for key in keys if int(key, 16) % HELD_OUT == 0] or keys[:1]
+    if len(texts) == 1:
+        ((key, data),) = texts.items()
+        cut = len(data) - len(data) // 10
+        train, held_out = data[:cut], data[cut:]
+    else:
+        held_out = b"".join(texts[key] for key in held)
+        train = b"".join(texts[key] for key in keys if key not in set(held))
+    if min(len(train), len(held_out)) < 100:
+        raise ValueError(f"too little text in {name}: {len(train)} bytes to train on, {len(held_out)} held out")
+    return Split(name, as_bytes(train), as_bytes(held_out), len(texts) - len(held), len(held))
+
+
+def as_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+class SplitText(Text):
+    """Text of a given split and a given model; ``judge(model)`` says its bits per byte."""
+
+    def __init__(self, options: Options, build: Callable[[], nn.Module], split: Split,
+                 judge: Callable[[nn.Module], float]):  # fmt: skip
+        super().__init__(options)
+        self.build, self.corpus, self.judge = build, split, judge
+
+    def model(self) -> nn.Module:
+        return self.build()
+
+    def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
+        """In nats."""
+        return self.judge(model) / bits(1.0)
+
+    def summary(self) -> str:
+        return self.corpus.name
+
+
+def beside(split: Split, judged: Tensor) -> dict[str, float]:
+    """Bits per byte of compressors on the judged bytes alone, and of byte pairs counted on the training bytes."""
+    return {**compressed_bits_per_byte(judged), "bigram": bigram_bits_per_byte(split.train, judged)}
+
+
+@torch.no_grad()
+def bits_by_place(model: nn.Module, data: Tensor, length: int, rows: int = 32) -> Tensor:
+    """Bits per byte at each place of windows of ``length``, float64 ``[length]``, mean over the windows of ``data``.
+
+    A byte is predicted from those before it in its window; windows follow one another, what is left over at the end
+    does not count.
+    """
+    device = next(model.parameters()).device
+    count = (len(data) - 1) // length
+    if count < 1:
+        raise ValueError(f"bits_by_place: data must have more than length = {length} bytes, got {len(data)}")
+    ids = data[: count * length].view(count, length).long()
+    targets = data[1 : count * length + 1].view(count, length).long()
+    total = torch.zeros(length, dtype=torch.float64, device=device)
+    for i, t in zip(ids.split(rows), targets.split(rows), strict=True):
+        logits = model(i.to(device))[0].float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), t.to(device).flatten(), reduction="none")
+        total += losses.view(i.shape).double().sum(0)
+    return (bits(1.0) * total / count).cpu()

@@ -1,0 +1,136 @@
+"""The switches of a block and what a model makes of them: every one changes what it says and nothing else."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dfn.models.decoding import Decoder
+from dfn.models.language import DFNLanguageModel
+from dfn.models.layers import DFNBlock, EntityPositions, GatedMLP, count_parameters, recommended_heads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = dict(vocab_size=19, dim=20, layers=2, heads=4, pos_dim=2, k=5)
+OPTIONS = [
+    dict(mlp="swiglu"), dict(norm="rms"), dict(bias=False), dict(output_scale=0.5), dict(semantic=0), dict(semantic=2),
+    dict(sigma=0.3), dict(normalize=False), dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, semantic=2),
+]  # fmt: skip
+
+
+def model(**options):
+    torch.manual_seed(3)
+    return DFNLanguageModel(**SIZES, block_options=options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_switch_works(options):
+    """Causal to the bit, gradients everywhere, and not the default's logits."""
+    one, ids = model(**options), torch.randint(19, (2, 23))
+    other = torch.cat([ids[:, :13], (ids[:, 13:] + 1) % 19], 1)
+    logits = one(ids)[0]
+    with torch.no_grad():
+        assert torch.equal(one(ids)[0][:, :13], one(other)[0][:, :13])
+        assert not torch.allclose(logits, model()(ids)[0])
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in one.parameters())
+    assert one.config["block_options"] == options
+    again = DFNLanguageModel(**one.config)
+    again.load_state_dict(one.state_dict())
+    assert torch.equal(again(ids)[0], logits)
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("normalize", True)], ids=str)
+def test_generation_is_the_forward_pass(options):
+    one, ids = model(**options).eval(), torch.randint(19, (2, 17))
+    with torch.no_grad():
+        whole = one(ids)[0]
+        decoder = Decoder(one, capacity=17)
+        parts = [decoder(ids[:, :9]), *(decoder(ids[:, i : i + 1]) for i in range(9, 17))]
+    torch.testing.assert_close(torch.stack(parts, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+def test_sums_do_not_generate():
+    with pytest.raises(ValueError, match="normalize=True, got False"):
+        model(normalize=False).generate(torch.zeros(1, 3, dtype=torch.long), 2)
+
+
+def test_defaults_are_what_they_were():
+    """The parameters, by name and order, of checkpoints that know no switches."""
+    names = [name for name, _ in model().named_parameters() if name.startswith("blocks.0.")]
+    inside = ["alpha", "log_sigma", "offset", "flow.weight", "flow.bias", "value.weight", "value.bias"]
+    assert names == [f"blocks.0.{name}" for name in (
+        "norm.weight", "norm.bias", *(f"attention.{name}" for name in inside), "out.weight", "mlp.0.weight",
+        "mlp.0.bias", "mlp.2.weight", "mlp.2.bias",
+    )]  # fmt: skip
+    explicit = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, dropout=0.0, semantic=None, sigma=1.0,
+                    normalize=True)  # fmt: skip
+    ids = torch.randint(19, (1, 9))
+    assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
+
+
+def test_no_biases():
+    assert not [name for name, _ in model(bias=False, norm="rms").named_parameters()
+                if name.endswith("bias") and "positions" not in name]  # fmt: skip
+
+
+def test_swiglu():
+    mlp, x = GatedMLP(6, 5, 4), torch.randn(3, 6)
+    gate, up = x @ mlp.up.weight[:5].T, x @ mlp.up.weight[5:].T
+    torch.testing.assert_close(mlp(x), (gate * gate.sigmoid() * up) @ mlp.out.weight.T)
+    gelu, swiglu = (count_parameters(DFNBlock(40, mlp=mlp, bias=False)) for mlp in ("gelu", "swiglu"))
+    assert abs(swiglu / gelu - 1) < 0.02
+
+
+def test_output_scale():
+    for mlp, last in (("gelu", lambda b: b.mlp[2]), ("swiglu", lambda b: b.mlp.out)):
+        torch.manual_seed(0)
+        one = DFNBlock(20, mlp=mlp)
+        torch.manual_seed(0)
+        half = DFNBlock(20, mlp=mlp, output_scale=0.5)
+        assert torch.equal(last(half).weight, last(one).weight / 2) and torch.equal(half.out.weight, one.out.weight / 2)
+        assert torch.equal(half.attention.value.weight, one.attention.value.weight)
+
+
+def test_heads_at_the_start():
+    assert recommended_heads(4, 2) == ([0, 0, 0.5, 1], [1, 1, 0.1, 0.1], [1, 1, 2, 0.4], [0, 0, 0, -1])
+    assert recommended_heads(4, 0).time_scale == [0.125, 0.25, 0.5, 1]
+    assert EntityPositions(8, 4, semantic=3).semantic == 3
+    with pytest.raises(ValueError, match="semantic must be between 0 and 3, got 4"):
+        recommended_heads(4, 4)
+    wide = DFNBlock(8, sigma=2.0).attention.log_sigma.exp()
+    torch.testing.assert_close(wide, torch.tensor([2.0, 4.0, 4.0, 0.8]))
+
+
+def test_dropout():
+    """In training only, of what a block adds and of the embeddings; on average nothing changes."""
+    one, ids = model(dropout=0.4), torch.randint(19, (2, 11))
+    plain = model()
+    one.eval()
+    assert torch.equal(one(ids)[0], plain(ids)[0])
+    one.train()
+    assert not torch.equal(one(ids)[0], one(ids)[0])
+    block = DFNBlock(20, heads=4, pos_dim=2, k=5, causal=True, dropout=0.4)
+    x, p = torch.randn(1, 300, 20), torch.randn(1, 4, 300, 2)
+    with torch.no_grad():
+        added = block(x, p)[0] - x
+        whole = block.eval()(x, p)[0] - x
+    share = float((added == 0).double().mean())
+    assert abs(share - 0.4) < 4 * math.sqrt(0.24 / 6000)
+    kept = added != 0
+    torch.testing.assert_close(added[kept], whole[kept] / 0.6, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(mlp="relu"), "mlp must be one of gelu, swiglu, got 'relu'"),
+    (dict(norm="batch"), "norm must be one of layer, rms, got 'batch'"),
+    (dict(sigma=0.0), "sigma must be positive and finite, got 0.0"),
+])  # fmt: skip
+def test_what_cannot_be(options, said):
+    with pytest.raises(ValueError, match=said):
+        DFNBlock(8, **options)
+
+
+def test_rms_has_one_gain():
+    norm = DFNBlock(8, norm="rms").norm
+    assert isinstance(norm, nn.RMSNorm) and count_parameters(norm) == 8
