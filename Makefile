@@ -25,7 +25,7 @@ demo: env
 	$(BIN)/python -m bench.demo $(if $(TEXT),--text $(TEXT))
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route launches routes,tests/kernels/test_$(op).py)
+INTERPRETED := $(foreach op,gaussian_gather gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis pattern_route launches routes packed farthest_points,tests/kernels/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
@@ -46,7 +46,7 @@ check: lint test sanitize tsan fuzz wheel
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
 SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn gaussian_gather gather_plan flow_attention pattern_route \
-  quantized_route route_density robustness,tests/kernels/test_$(op).py)
+  quantized_route route_density robustness packed farthest_points compat,tests/kernels/test_$(op).py)
 sanitize: env
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
 	  -DDFN_SANITIZE=address,undefined,float-cast-overflow \

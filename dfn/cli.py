@@ -119,7 +119,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for f in dataclasses.fields(Options)[1:]:
         flag, of = f"--{f.name.replace('_', '-')}", f.type if isinstance(f.type, type) else str
         choices = [c for c in f.metadata["choices"] if c] or None
-        group.add_argument(flag, type=of, choices=choices, help=f.metadata["help"], default=argparse.SUPPRESS)
+        kind = dict(action="store_true") if of is bool else dict(type=of, choices=choices)
+        group.add_argument(flag, help=f.metadata["help"], default=argparse.SUPPRESS, **kind)
 
 
 def given_options(arguments: argparse.Namespace) -> dict:

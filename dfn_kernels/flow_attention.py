@@ -20,6 +20,7 @@ from .gather_plan import GatherPlan
 from .gaussian_gather import gather_heads
 from .knn import MOST_NEIGHBORS, Neighbors
 from .knn import _search as search
+from .packed import check_offset_values, check_sets
 from .reference.flow_attention import flow_attention as reference
 
 _backends.register("flow_attention")
@@ -29,7 +30,7 @@ OP = "flow_attention"
 # ---- check ----------------------------------------------------------------------------------------------------------
 def _check(
     states, positions, flow_weight, values, sigma, k, flow_bias, alpha, query_weight, query_bias, influence, lengths,
-    extra_positions, extra_values, extra_influence, warm,
+    extra_positions, extra_values, extra_influence, warm, ptr,
 ) -> None:  # fmt: skip
     required = {"states": states, "positions": positions, "flow_weight": flow_weight, "values": values}
     optional = {
@@ -98,8 +99,9 @@ def _check(
         is_index_tensor(OP, "warm.indices", warm[0])
         has_shape(OP, "warm.indices", warm[0], (*lead, *heads, N, k), f"{before}{head}N, k]")
         optional["warm"] = warm[0]
+    check_sets(OP, ptr, None, None, lengths=lengths)
     same_device(OP, "states", states, positions=positions, flow_weight=flow_weight, values=values, lengths=lengths,
-                **optional)  # fmt: skip
+                ptr=ptr, **optional)  # fmt: skip
 
 
 # ---- parts: everything [B, H, ..] -----------------------------------------------------------------------------------
@@ -118,12 +120,13 @@ def _drift(states, positions, weight, bias, alpha, query_weight, query_bias) -> 
     return Drift(*(x[:, :H] for x in both)), both.positions[:, H:]
 
 
-def _search(points, queries, extra, k, causal, include_self, lengths, warm) -> Neighbors:
+def _search(points, queries, extra, k, causal, include_self, lengths, warm, ptr) -> Neighbors:
     """Query i belongs to entity i, so causal and include_self have a meaning for queries, too."""
     B, H, N, _ = points.shape
     rows = None if lengths is None else lengths.unsqueeze(1).expand(B, H)
     of_queries = None if queries is None else rows
-    found = search(points, k, queries, causal, include_self, rows, of_queries, True, warm)
+    of_sets = None if queries is None else ptr
+    found = search(points, k, queries, causal, include_self, rows, of_queries, True, warm, ptr=ptr, query_ptr=of_sets)
     if extra is None:
         return found
     # Extra entities have the higher indices, and the sort is stable: ties stay in the order of indices.
@@ -164,6 +167,7 @@ def flow_attention(
     extra_values: Tensor | None = None,
     extra_influence: Tensor | None = None,
     warm: Neighbors | None = None,
+    ptr: Tensor | None = None,
 ) -> tuple[Tensor, Drift, Neighbors]:
     """Dynamic Flow Attention: entities drift, find their nearest neighbours, and gather what those have to say.
 
@@ -192,6 +196,8 @@ def flow_attention(
             drift, are visible to every query, also when causal, and have the indices N..N+E-1.
         warm: the neighbours of an earlier call: they may bound the search (`KNNIndex.query` says where), and never
             change the result.
+        ptr: int64 ``[S + 1]``, instead of lengths: offsets of S sets that lie one after another along N, ascending
+            from 0 to N, as for `knn`: an entity sees its own set only, and the extra entities.
 
     Returns:
         ``(context, Drift(positions, flow, energy), Neighbors(indices, sq_dists))``: context ``[(B,) (H,) N, c]`` in
@@ -213,7 +219,7 @@ def flow_attention(
     """
     are_flags(OP, causal=causal, include_self=include_self, normalize=normalize)
     _check(states, positions, flow_weight, values, sigma, k, flow_bias, alpha, query_weight, query_bias, influence,
-           lengths, extra_positions, extra_values, extra_influence, warm)  # fmt: skip
+           lengths, extra_positions, extra_values, extra_influence, warm, ptr)  # fmt: skip
     device = states.device.type
     if torch.is_autocast_enabled(device):
         to = torch.get_autocast_dtype(device)
@@ -254,6 +260,7 @@ def flow_attention(
         lengths = lengths[None]
 
     if _backends.choose(OP, device) == "reference":
+        check_offset_values(OP, "ptr", ptr, N)
         wide = compute_dtype(positions, values)
         context, *found = reference(
             states, positions.to(wide), flow_weight.to(wide), values, sigma.to(wide), k,
@@ -262,7 +269,7 @@ def flow_attention(
             None if query_bias is None else query_bias.to(wide),
             None if influence is None else influence.to(wide), causal, include_self, lengths, normalize,
             None if extra_positions is None else extra_positions.to(wide), extra_values,
-            None if extra_influence is None else extra_influence.to(wide),
+            None if extra_influence is None else extra_influence.to(wide), ptr,
         )  # fmt: skip
         moved, flow, energy, indices, sq_dists = found
         drift = Drift(moved.to(real), flow.to(real), energy.to(real))
@@ -270,7 +277,7 @@ def flow_attention(
     else:
         drift, queries = _drift(states, positions, flow_weight, flow_bias, alpha, query_weight, query_bias)
         known = None if warm is None else warm[0].reshape(B, H, N, k)
-        neighbors = _search(drift.positions, queries, extra_positions, k, causal, include_self, lengths, known)
+        neighbors = _search(drift.positions, queries, extra_positions, k, causal, include_self, lengths, known, ptr)
         points = drift.positions
         queries = points if queries is None else queries
         if extra_positions is not None:

@@ -8,7 +8,9 @@ from torch import Tensor
 from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device, shaped
 from ._transforms import OpFunction, call
+from .packed import check_sets
 from .reference.flow_norm import flow_norm as reference
+from .set_means import set_means
 
 _backends.register("flow_norm")
 OP = "flow_norm"
@@ -16,7 +18,7 @@ MODES = ("mean", "causal", "entity")
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
-def _check(states, energy, eps, mode, lengths) -> None:
+def _check(states, energy, eps, mode, lengths, ptr) -> None:
     is_float_tensor(OP, "states", states)
     is_float_tensor(OP, "energy", energy)
     if states.ndim < 2:
@@ -30,7 +32,8 @@ def _check(states, energy, eps, mode, lengths) -> None:
     if lengths is not None:
         is_index_tensor(OP, "lengths", lengths)
         has_shape(OP, "lengths", lengths, states.shape[:-2], "[..]")
-    same_device(OP, "states", states, energy=energy, lengths=lengths)
+    check_sets(OP, ptr, None, None, lengths=lengths)
+    same_device(OP, "states", states, energy=energy, lengths=lengths, ptr=ptr)
 
 
 # ---- schema: energy in float32, or everything in float64 ------------------------------------------------------------
@@ -118,8 +121,9 @@ class FlowNormFunction(OpFunction):
 
 # ---- public ---------------------------------------------------------------------------------------------------------
 def flow_norm(
-    states: Tensor, energy: Tensor, eps: float = 1e-6, mode: str = "mean", lengths: Tensor | None = None
-) -> Tensor:
+    states: Tensor, energy: Tensor, eps: float = 1e-6, mode: str = "mean", lengths: Tensor | None = None, *,
+    ptr: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Divides states by the root of their mean flow energy.
 
     ``y[i] = states[i] / sqrt(E[energy] + eps)``, where E is, by ``mode``:
@@ -135,6 +139,8 @@ def flow_norm(
         mode: "mean", "causal" or "entity".
         lengths: int64 ``[..]``: entities ``lengths`` and beyond are padding: they are left out of the mean, and their
             rows of the output are 0.
+        ptr: int64 ``[S + 1]``, instead of lengths: offsets of S sequences that lie one after another along N, ascending
+            from 0 to N. Means are those of each alone. Leading dims share it.
 
     Returns:
         ``[.., N, d]`` in states' dtype, also under autocast. The arithmetic is float32, or float64 if states or energy
@@ -151,7 +157,7 @@ def flow_norm(
     tensor([[1.0000],
             [0.5000]])
     """
-    _check(states, energy, eps, mode, lengths)
+    _check(states, energy, eps, mode, lengths, ptr)
     real = compute_dtype(states, energy)
     shape, out_dtype = states.shape, states.dtype
     B, (N, d) = math.prod(shape[:-2]), shape[-2:]
@@ -161,6 +167,8 @@ def flow_norm(
     energy = shaped(energy.to(real), B, N)
     if lengths is not None:
         lengths = shaped(lengths, B)
+    if ptr is not None and mode != "entity":  # the pass over the states is that of means which are known
+        energy, mode = set_means(energy, ptr, mode == "causal"), "entity"
     # A number given to an op is a constant of the program, which an exported one wants; a term of the mean is not.
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         energy, eps = energy + eps, 0.0

@@ -19,6 +19,7 @@ from ._checks import (
     shaped,
 )
 from ._transforms import OpFunction, call
+from .packed import check_offset_values, check_sets
 from .reference.knn import knn as reference
 
 _backends.register("knn")
@@ -32,7 +33,9 @@ class Neighbors(NamedTuple):
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
-def _check(positions, k, queries, causal, include_self, lengths, query_lengths, warm=None) -> None:
+def _check(
+    positions, k, queries, causal, include_self, lengths, query_lengths, warm=None, ptr=None, query_ptr=None
+) -> None:
     is_float_tensor(OP, "positions", positions)
     if positions.ndim < 2:
         raise ValueError(f"{OP}: positions must have shape [.., N, D], got {list(positions.shape)}")
@@ -62,7 +65,9 @@ def _check(positions, k, queries, causal, include_self, lengths, query_lengths, 
     if warm is not None:
         is_index_tensor(OP, "warm.indices", warm)
         has_shape(OP, "warm.indices", warm, (*lead, M, k), "[.., M, k]")
-    same_device(OP, "positions", positions, queries=queries, lengths=lengths, query_lengths=query_lengths, warm=warm)
+    check_sets(OP, ptr, query_ptr, queries, lengths=lengths, query_lengths=query_lengths)
+    same_device(OP, "positions", positions, queries=queries, lengths=lengths, query_lengths=query_lengths, warm=warm,
+                ptr=ptr)  # fmt: skip
 
 
 def _check_values(points, queries, lengths, query_lengths) -> None:
@@ -102,28 +107,42 @@ def _op(
     warm: Tensor | None,  # [B, M, k]
     index: int,  # 0, or the number of these points' grid in the backend
     backend: str,
+    ptr: Tensor | None = None,  # [S + 1], of the points; without it lengths count
+    query_ptr: Tensor | None = None,  # [S + 1], of the queries
+    within: float | None = None,  # only distances below count
+    absolute: bool = False,  # sums of absolute differences instead of squares
 ) -> tuple[Tensor, Tensor]:  # squared distances [B, M, k], indices [B, M, k]: floats first, as opcheck needs it
-    points, queries, lengths, query_lengths = (
-        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths)
+    points, queries, lengths, query_lengths, ptr, query_ptr = (
+        None if x is None else x.contiguous() for x in (points, queries, lengths, query_lengths, ptr, query_ptr)
     )
     if points.device.type == "cpu":
+        check_offset_values(OP, "ptr", ptr, points.shape[1])
+        check_offset_values(OP, "query_ptr", query_ptr, 0 if queries is None else queries.shape[1])
         if check:
             _check_values(points, queries, lengths, query_lengths)
     arguments = points, queries, lengths, query_lengths, k, causal, include_self
-    if backend == "reference":
-        indices, sq_dists = reference(*arguments)
+    if backend == "reference" or absolute and backend != "native":
+        indices, sq_dists = reference(*arguments, ptr, query_ptr, absolute)
+    elif backend == "triton" and ptr is not None:
+        from .triton.knn import brute
+
+        indices, sq_dists = brute.search(*arguments, ptr, query_ptr)
     elif backend == "triton":
         from .triton.knn import knn as triton_knn
 
         indices, sq_dists = triton_knn(*arguments, None if warm is None else warm.contiguous(), index)
     else:
-        indices, sq_dists = _native.cpu.knn(*arguments, index)
+        indices, sq_dists = _native.cpu.knn(*arguments, index, ptr, query_ptr, within, absolute)
+        within = None  # heeded by the search
+    if within is not None:
+        near = sq_dists < within
+        indices, sq_dists = indices.where(near, -1), sq_dists.where(near, torch.inf)
     return sq_dists, indices
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
-def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend):
+def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend, *sets):
     shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
     return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
@@ -131,18 +150,22 @@ def _(points, queries, lengths, query_lengths, k, causal, include_self, check, w
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     points, queries = inputs[:2]
+    ctx.absolute = inputs[-1]
     ctx.save_for_backward(points, queries, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # nobody needs zeros for the indices
 
 
 def _backward(ctx, grad, _):
-    """d |q - p|^2 = 2 (p - q) (dp - dq), in differentiable operations: the second derivative is right, too."""
+    """d |q - p|^2 = 2 (p - q) (dp - dq), in differentiable operations: the second derivative is right, too.
+
+    Of absolute differences sign(p - q) (dp - dq), 0 where they are equal.
+    """
     points, queries, indices = ctx.saved_tensors
     own = queries is None
     B, N, D = points.shape
     M, k = indices.shape[1:]
-    nothing = (None,) * 9
+    nothing = (None,) * 13
     if grad is None or N == 0:
         return (None, None, *nothing)
     missing = (indices < 0).unsqueeze(-1)
@@ -152,7 +175,8 @@ def _backward(ctx, grad, _):
     flat = flat.flatten()
     neighbors = points.reshape(B * N, D).index_select(0, flat).view(B, M, k, D)
     away = (neighbors - (points if own else queries).unsqueeze(2)).masked_fill(missing, 0)
-    push = (2 * grad).unsqueeze(-1).masked_fill(missing, 0) * away  # [B, M, k, D]
+    slope = away.sign() if ctx.absolute else 2 * away
+    push = grad.unsqueeze(-1).masked_fill(missing, 0) * slope  # [B, M, k, D]
     to_queries = -push.sum(2)
     to_points = to_queries if own else torch.zeros_like(points)
     # Not index_add: that takes eight times as long on the CPU, and on a GPU it adds in any order.
@@ -185,6 +209,8 @@ def knn(
     include_self: bool = True,
     lengths: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    ptr: Tensor | None = None,
+    query_ptr: Tensor | None = None,
     check: bool = True,
 ) -> Neighbors:
     """Finds the k nearest positions of every query, exactly.
@@ -202,8 +228,13 @@ def knn(
             allowed, positions at the same place and with a lower index come first and may displace it.
         lengths: int64 ``[..]``: positions from there on are padding; without queries their rows are padded, too.
         query_lengths: int64 ``[..]``: the same for queries.
+        ptr: int64 ``[S + 1]``, instead of lengths: offsets of S sets that lie one after another along N, ascending
+            from 0 to N, empty ones included. Nobody sees another set; indices count along N; ``causal`` means
+            earlier ones of the set. Leading dims share it. Memory is linear in N + M whatever the sizes.
+        query_ptr: int64 ``[S + 1]``: the same for queries, which are given with it.
         check: on the CPU, raise ValueError if a position or query is NaN or infinite, or a length out of range.
             Without the check, and always on a GPU, such points are nobody's neighbours and their own rows are padded.
+            Offsets are always checked on the CPU, and never on a GPU.
 
     Returns:
         ``Neighbors(indices, sq_dists)``: int64 and float32 (float64 for float64 positions), both ``[.., M, k]``,
@@ -223,11 +254,16 @@ def knn(
             [ 0., 16.]]))
     """
     are_flags(OP, causal=causal, include_self=include_self, check=check)
-    _check(positions, k, queries, causal, include_self, lengths, query_lengths)
-    return _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, None)
+    _check(positions, k, queries, causal, include_self, lengths, query_lengths, None, ptr, query_ptr)
+    return _search(
+        positions, k, queries, causal, include_self, lengths, query_lengths, check, None, ptr=ptr, query_ptr=query_ptr
+    )
 
 
-def _search(positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None) -> Neighbors:
+def _search(
+    positions, k, queries, causal, include_self, lengths, query_lengths, check, warm, grids=None, ptr=None,
+    query_ptr=None, within=None, absolute=False,
+) -> Neighbors:  # fmt: skip
     backend = _backends.choose(OP, positions.device.type)
     real = compute_dtype(positions, queries)
     *lead, N, D = positions.shape
@@ -242,31 +278,32 @@ def _search(positions, k, queries, causal, include_self, lengths, query_lengths,
         k, bool(causal), bool(include_self), bool(check),
         None if warm is None else warm.reshape(B, M, k),
         (grids or {}).get(backend, 0),
-        backend,
+        backend, ptr, query_ptr, within, absolute,
     )  # fmt: skip
     return Neighbors(shaped(indices, *lead, M, k), shaped(sq_dists, *lead, M, k))
 
 
 class KNNIndex:
-    """Positions to be searched more than once: ``KNNIndex(positions, lengths).query(k)``.
+    """Positions to be searched more than once: ``KNNIndex(positions, lengths, ptr).query(k)``.
 
     Arguments and results are those of `knn`. The positions are sorted once, here, for any k; the first causal query
     sorts prefixes, too, for all that follow. The positions must not be changed in place while the index is in use.
     """
 
-    def __init__(self, positions: Tensor, lengths: Tensor | None = None):
-        _check(positions, 1, None, False, True, lengths, None)
+    def __init__(self, positions: Tensor, lengths: Tensor | None = None, ptr: Tensor | None = None):
+        _check(positions, 1, None, False, True, lengths, None, None, ptr)
+        check_offset_values(OP, "ptr", ptr, positions.shape[-2])
         self.positions = positions.to(compute_dtype(positions)).contiguous()
-        self.lengths = lengths
+        self.lengths, self.ptr = lengths, None if ptr is None else ptr.contiguous()
         self._grids: dict[str, int] = {}  # backend: the number of the grid it has built
         B, (N, D) = math.prod(positions.shape[:-2]), positions.shape[-2:]
         points = self.positions.detach().view(B, N, D)
         counts = None if lengths is None else lengths.reshape(B).contiguous()
         device = positions.device.type
         if device == "cpu" and _backends.missing(OP, "native", "cpu") is None:
-            self._grids["native"] = _native.cpu.knn_index(points, counts)
+            self._grids["native"] = _native.cpu.knn_index(points, counts, self.ptr)
             weakref.finalize(self, _native.cpu.knn_forget, self._grids["native"])
-        if _backends.missing(OP, "triton", device) is None:
+        if ptr is None and _backends.missing(OP, "triton", device) is None:
             from .triton.knn import forget, index
 
             self._grids["triton"] = index(points, counts)
@@ -279,6 +316,7 @@ class KNNIndex:
         *,
         causal: bool = False,
         include_self: bool = True,
+        query_ptr: Tensor | None = None,
         warm: Neighbors | None = None,
     ) -> Neighbors:
         """The k nearest positions of every query (of every position without queries), as `knn` gives them.
@@ -289,9 +327,22 @@ class KNNIndex:
         """
         found = None if warm is None else warm.indices
         are_flags(OP, causal=causal, include_self=include_self)
-        _check(self.positions, k, queries, causal, include_self, self.lengths, None, found)
+        _check(self.positions, k, queries, causal, include_self, self.lengths, None, found, self.ptr, query_ptr)
         grids = self._grids if queries is None or queries.dtype != torch.float64 else None  # sorted in float32, perhaps
-        return _search(self.positions, k, queries, causal, include_self, self.lengths, None, True, found, grids)
+        return _search(
+            self.positions,
+            k,
+            queries,
+            causal,
+            include_self,
+            self.lengths,
+            None,
+            True,
+            found,
+            grids,
+            self.ptr,
+            query_ptr,
+        )
 
     def __repr__(self) -> str:
         return f"KNNIndex(positions={list(self.positions.shape)}, {self.positions.dtype}, {self.positions.device})"

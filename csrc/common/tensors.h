@@ -46,6 +46,16 @@ inline void check_dense(const Tensor& t, const char* name, ScalarType dtype, std
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
+// Offsets of packed sets, [S + 1]: they ascend from 0 to n.
+inline void check_offsets(const Tensor& ptr, const char* name, int64_t n) {
+  STD_TORCH_CHECK(ptr.dim() == 1 && ptr.size(0) >= 1, name, ": expected [S + 1]");
+  check_dense(ptr, name, ScalarType::Long, {ptr.size(0)});
+  const int64_t *at = static_cast<const int64_t*>(ptr.data_ptr()), S = ptr.size(0) - 1;
+  bool ascends = at[0] == 0 && at[S] == n;
+  for (int64_t s = 0; s < S; ++s) ascends &= at[s] <= at[s + 1];
+  STD_TORCH_CHECK(ascends, name, ": expected to ascend from 0 to ", n);
+}
+
 inline Rows rows_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1 || t.numel() == 0, name, ": expected a dense last dimension");

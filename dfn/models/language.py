@@ -32,9 +32,11 @@ class DFNLanguageModel(nn.Module):
         block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`. Its
             ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too.
 
-    Call: ``(ids int64 [B, N], memory=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
+    Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
     ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
-    returned `MemoryState`, detached, is for the next segment (None with ``memory_size=0``).
+    returned `MemoryState`, detached, is for the next segment (None with ``memory_size=0``). ``ptr``, int64 ``[S + 1]``,
+    are the offsets of S documents packed along N, ascending from 0 to N: each gets the logits it would get alone, its
+    time begins with it. A memory belongs to one text, so a model that has one takes no ``ptr``.
 
     Raises: ValueError (sizes, a memory of other sizes or for a model without one), TypeError (not a MemoryState).
     """
@@ -59,14 +61,18 @@ class DFNLanguageModel(nn.Module):
         if memory_size:
             self.memory = PersistentFieldMemory(memory_size, dim, heads * pos_dim, merge_radius=0.02)
 
-    def forward(self, ids: Tensor, memory: MemoryState | None = None) -> tuple[Tensor, MemoryState | None]:
+    def forward(
+        self, ids: Tensor, memory: MemoryState | None = None, ptr: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
         self.check_memory(memory)
+        if ptr is not None and self.memory is not None:
+            raise ValueError("DFNLanguageModel: ptr must be None with a memory, which belongs to one text")
         states = self.dropout(self.embed(ids))
-        positions = self.positions(states)
+        positions = self.positions(states, ptr=ptr)
         for block in self.blocks[:-1]:
-            states, positions = block(states, positions)
+            states, positions = block(states, positions, ptr=ptr)
         last = self.blocks[-1]
-        before, (states, positions) = states, last(states, positions, memory=memory)
+        before, (states, positions) = states, last(states, positions, memory=memory, ptr=ptr)
         if self.memory is not None:
             memory = self._written(memory, before, positions)
         return self.head(self.norm(states)), memory

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
+from dfn_kernels.packed import place_in_set
 
 from .linears import applied, dtype_of, operands
 from .memory import MemoryState
@@ -33,15 +34,18 @@ class FlowNorm(nn.Module):
 
     E is the mean over the entities of a sequence (``mode="mean"``, as published), the running mean over ``j <= i``
     ("causal"), or the entity's own energy ("entity"). ``(states [.., N, d], energy [.., N], lengths=None)`` gives
-    ``[.., N, d]``; rows beyond ``lengths`` are left out of the mean and come out as 0. It has no parameters.
+    ``[.., N, d]``; rows beyond ``lengths`` are left out of the mean and come out as 0. ``ptr``, int64 ``[S + 1]``: the
+    offsets of sequences packed along N, each with means of its own. It has no parameters.
     """
 
     def __init__(self, eps: float = 1e-6, mode: str = "mean"):
         super().__init__()
         self.eps, self.mode = eps, mode
 
-    def forward(self, states: Tensor, energy: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return flow_norm(states, energy, self.eps, self.mode, lengths)
+    def forward(
+        self, states: Tensor, energy: Tensor, lengths: Tensor | None = None, ptr: Tensor | None = None
+    ) -> Tensor:
+        return flow_norm(states, energy, self.eps, self.mode, lengths, ptr=ptr)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps:g}, mode={self.mode!r}"
@@ -151,11 +155,12 @@ class EntityPositions(nn.Module):
         nn.init.zeros_(self.place.bias)
         self.log_scale = nn.Parameter(torch.tensor(scales[self.semantic :]).log())  # [temporal heads]
 
-    def forward(self, states: Tensor, start: int | Tensor = 0) -> Tensor:
-        """``start``, a number or a tensor of one, is the number of the first entity."""
+    def forward(self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None) -> Tensor:
+        """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``."""
         B, N, _ = states.shape
         places = applied(self.place, states).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
-        time = self.log_scale.to(places.dtype).exp()[:, None] * (start + torch.arange(N, device=states.device))
+        number = torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N)
+        time = self.log_scale.to(places.dtype).exp()[:, None] * (start + number)
         first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
         return torch.cat([first[..., None], places[..., 1:]], -1)
 
@@ -172,9 +177,10 @@ class DynamicFlowAttention(nn.Module):
     without ``normalize`` it reads the weighted sum instead of the mean. Without ``bias`` there are no b_f and b_v;
     ``semantic`` as in `recommended_heads`; ``sigma`` multiplies the widths at the start.
 
-    Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None)`` gives
-    ``(y [B, N, d], Drift)``. The entities of a memory are neighbours like any other, visible to everybody; its
-    positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass through W_v.
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
+    ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
+    to everybody; its positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass
+    through W_v.
     """
 
     undecayed = ("offset",)  # see `Trainer`
@@ -198,7 +204,7 @@ class DynamicFlowAttention(nn.Module):
 
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
-        memory: MemoryState | None = None,
+        memory: MemoryState | None = None, ptr: Tensor | None = None,
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
@@ -206,7 +212,7 @@ class DynamicFlowAttention(nn.Module):
         context, drift, _ = flow_attention(
             moving, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(), self.k,
             flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
-            influence=influence, causal=self.causal, lengths=lengths, normalize=self.normalize, **extra,
+            influence=influence, causal=self.causal, lengths=lengths, normalize=self.normalize, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
 
@@ -257,10 +263,11 @@ class DFNBlock(nn.Module):
             at the start. dropout: the share of what is added that is left out in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
 
-    Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None)``
-    gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody; its states
-    pass through unchanged. The entities of a `MemoryState`, with positions ``[B, M, H * D]``, are read like those of
-    the sequence.
+    Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None,
+    ptr=None)`` gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody;
+    its states pass through unchanged. The entities of a `MemoryState`, with positions ``[B, M, H * D]``, are read like
+    those of the sequence. ``ptr``, int64 ``[S + 1]``, instead of lengths: the offsets of S sequences packed along N,
+    ascending from 0 to N. Each comes out as it would alone.
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
@@ -293,13 +300,13 @@ class DFNBlock(nn.Module):
 
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
-        memory: MemoryState | None = None,
+        memory: MemoryState | None = None, ptr: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         s = self.norm(states)
-        y, drift = self.attention(s, positions, influence, lengths, memory)
+        y, drift = self.attention(s, positions, influence, lengths, memory, ptr)
         update = self.mlp(torch.cat([s, y.to(s.dtype)], -1))
         if self.flow_norm is not None:
-            update = self.flow_norm(update, drift.energy.sum(-2), lengths)
+            update = self.flow_norm(update, drift.energy.sum(-2), lengths, ptr)
         elif lengths is not None:
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
             update = update.masked_fill(padding[..., None], 0)
@@ -319,7 +326,8 @@ class FlowMixer(nn.Module):
     residual and MLP are yours, as with self-attention.
 
     ``key_padding_mask``: bool ``[B, N]``, True = padding, anywhere in the sequence; it is read by nobody, does not
-    count as time, and its outputs are 0.
+    count as time, and its outputs are 0. ``ptr``, int64 ``[S + 1]``, instead of it: the offsets of S sequences packed
+    along N, ascending from 0 to N. Each comes out as it would alone; time begins again with each.
 
     It has the attributes and the call of `nn.MultiheadAttention` with ``batch_first=True``, so that it can be the
     ``self_attn`` of an `nn.TransformerEncoderLayer`, ::
@@ -345,12 +353,12 @@ class FlowMixer(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
         key_padding_mask: Tensor | None = None, need_weights: bool = False, attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True, is_causal: bool = False,
+        average_attn_weights: bool = True, is_causal: bool = False, *, ptr: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, None]:  # fmt: skip
-        """``(x, key_padding_mask=None)``, or the arguments of `nn.MultiheadAttention`."""
+        """``(x, key_padding_mask=None, ptr=None)``, or the arguments of `nn.MultiheadAttention`."""
         self._check_mask(attn_mask, is_causal, query.shape[1])
         if value is None:
-            return self._mix(query, key_padding_mask if key is None else key)
+            return self._mix(query, key_padding_mask if key is None else key, ptr)
         if key is not query or value is not query:
             raise ValueError("FlowMixer: key and value must be the query, as in self-attention, got other tensors")
         if need_weights:
@@ -359,7 +367,7 @@ class FlowMixer(nn.Module):
             key_padding_mask is not None and key_padding_mask.is_floating_point()
         ):  # what nn.TransformerEncoder makes of it
             key_padding_mask = key_padding_mask == -torch.inf
-        return self._mix(query, key_padding_mask), None
+        return self._mix(query, key_padding_mask, ptr), None
 
     def _check_mask(self, attn_mask: Tensor | None, is_causal: bool, N: int) -> None:
         if attn_mask is None and not is_causal:
@@ -376,9 +384,11 @@ class FlowMixer(nn.Module):
         if not (barred.shape == later.shape and barred.equal(later) and plain.equal(later)):
             raise ValueError(f"FlowMixer: attn_mask must be causal, [N, N] with N = {N}, got {list(attn_mask.shape)}")
 
-    def _mix(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor, key_padding_mask: Tensor | None, ptr: Tensor | None) -> Tensor:
         if key_padding_mask is None:
-            return self.out(self.attention(x, self.positions(x))[0])
+            return self.out(self.attention(x, self.positions(x, ptr=ptr), ptr=ptr)[0])
+        if ptr is not None:
+            raise ValueError("FlowMixer: key_padding_mask must be None with ptr: every row belongs to a sequence")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"FlowMixer: key_padding_mask must be bool, got {key_padding_mask.dtype}")
         if key_padding_mask.shape != x.shape[:2]:

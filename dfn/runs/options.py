@@ -38,6 +38,7 @@ class Options:
     pos_dim: int = option(2, "dimension of a position", 1)
     k: int = option(8, "neighbours that a head reads from", 1, most=1024)
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
+    pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
     dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
@@ -92,6 +93,8 @@ class Options:
             raise UsageError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
         if self.batch % self.accumulate:
             raise UsageError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
+        if self.memory_size and self.pack:
+            raise UsageError("pack has no meaning with a memory: its rows are consecutive pieces of one text")
         if self.memory_size and self.accumulate > 1:
             raise UsageError(f"accumulate must be 1 with a memory, got {self.accumulate}")
 
@@ -101,13 +104,5 @@ class Options:
 
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
-OWN = (
-    "data",
-    "field",
-    "length",
-    "entities",
-    "size",
-    "memory_size",
-    "without",
-    "dropout",
-)  # which not every kind has a use for
+# which not every kind has a use for
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "dropout")

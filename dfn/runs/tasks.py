@@ -14,7 +14,7 @@ from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.memory import MemoryState
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
-from ..training.text import Corpus, batches, load_corpus
+from ..training.text import Corpus, batches, load_corpus, packed_batches
 from ..training.trainer import language_model_loss, map_tensors
 from . import bits, digits, joint
 from .crops import FREQUENCIES, channels_of, load_crops, mean_error, sampler_of
@@ -104,7 +104,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
-    own = ("data", "length", "memory_size", "without", "dropout")
+    own = ("data", "length", "memory_size", "pack", "without", "dropout")
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
@@ -126,6 +126,9 @@ class Text(Task):
         o = self.options
         if held_out or not o.memory_size:
             text = self.corpus.held_out if held_out else self.corpus.train
+            if o.pack:
+                ptr = self.corpus.held_out_ptr if held_out else self.corpus.train_ptr
+                return next(packed_batches(text, ptr, o.batch, min(o.length, len(text) - 1), generator))
             return next(batches(text, o.batch, min(o.length, len(text) - 1), generator))
         stride = (len(self.corpus.train) - 1) // o.batch
         if stride < o.length:

@@ -76,8 +76,8 @@ def load(path: Path) -> Checkpoint:
     if _checksum(tensors, text) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum does not fit its contents")
     facts = json.loads(text)
-    if facts.get("version", VERSION) != VERSION:
-        raise UnknownVersion(f"{path} is of version {facts['version']}; this package reads version {VERSION}")
+    if (version := facts.pop("version", VERSION)) != VERSION:
+        raise UnknownVersion(f"{path} is of version {version}; this package reads version {VERSION}")
     return Checkpoint(path, tensors, facts)
 
 

@@ -31,6 +31,8 @@ class Corpus:
     train_files: list[str]
     held_out_files: list[str]
     left_out: dict[str, str]  # files that are no text, and why
+    train_ptr: Tensor  # int64, where each file that is not empty begins, and the end
+    held_out_ptr: Tensor
 
     def summary(self) -> str:
         said = f"{self.name}: {len(self.train_files)} files, {len(self.train) / 1e6:.1f} MB to train on; "
@@ -75,7 +77,8 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     if not texts:
         raise ValueError(_no_texts(name, files, left_out))
     train, held_out = _split(texts, by_name=path is not None)
-    corpus = Corpus(name, _tensor(train), _tensor(held_out), list(train), list(held_out), left_out)
+    tensors, names = (_tensor(train), _tensor(held_out)), (list(train), list(held_out))
+    corpus = Corpus(name, *tensors, *names, left_out, _offsets(train), _offsets(held_out))
     if min(len(corpus.train), len(corpus.held_out)) < 100:
         sizes = f"{len(corpus.train)} bytes to train on, {len(corpus.held_out)} held out; needed are 100 each"
         raise ValueError(f"too little text in {name}: {sizes}")
@@ -116,17 +119,48 @@ def _tensor(texts: dict[str, bytes]) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
+def _offsets(texts: dict[str, bytes]) -> Tensor:
+    return torch.tensor([0, *(len(text) for text in texts.values() if text)]).cumsum(0)
+
+
 def batches(
     data: Tensor, batch: int, length: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless ``(ids, targets)``, int64 ``[batch, length]``, from random places; targets are the bytes that follow."""
+    for ids, targets, _ in _windows(data, batch, length, generator):
+        yield ids, targets
+
+
+def _windows(data, batch, length, generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     if len(data) < length + 1:
         raise ValueError(f"batches: length must be below the {len(data)} bytes of the data, got {length}")
     offsets = torch.arange(length + 1)
     while True:
         starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
         windows = data[starts + offsets].long()
-        yield windows[:, :-1], windows[:, 1:]
+        yield windows[:, :-1], windows[:, 1:], starts
+
+
+def packed_batches(
+    data: Tensor, ptr: Tensor, batch: int, length: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of `batches`, with what they hold told apart: ``(ids, targets, ptr int64 [batch, S + 1])``.
+
+    ``ptr`` are the offsets of the documents in the data, none of them empty. Those of a row ascend from 0 to length:
+    pieces of documents one after another, and empty ones at the end, since S is the same for all rows. Where a document
+    ends its next byte is another's: that target is -100, which counts for nobody.
+    """
+    begins = ptr[1:-1].contiguous()  # of all documents but the first
+    most = torch.searchsorted(begins, begins + length - 1) - torch.arange(len(begins))
+    slots = torch.arange(int(most.max()) if len(begins) else 0)
+    ends = torch.cat([begins, ptr[-1:]])
+    for ids, targets, starts in _windows(data, batch, length, generator):
+        inside = torch.searchsorted(begins, starts, right=True) + slots  # [batch, S - 1] which documents begin in a row
+        places = (ends[inside.clamp(max=len(begins))] - starts).clamp(max=length)
+        of_rows = torch.cat([torch.zeros_like(starts), places, torch.full_like(starts, length)], 1)
+        following = starts + torch.arange(1, length + 1)  # where a target comes from
+        first_of_next = ends[torch.searchsorted(ends, following).clamp(max=len(begins))] == following
+        yield ids, targets.masked_fill(first_of_next, -100), of_rows
 
 
 def segments(data: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor, Tensor, int]]:

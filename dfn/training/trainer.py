@@ -24,10 +24,18 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.layer = step, layer
 
 
-def language_model_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count."""
-    ids, targets = batch
-    return language_modelling(model(ids)[0], targets)
+def language_model_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count.
+
+    A third part, int64 ``[B, S + 1]``, are the offsets of the documents of each row, as `packed_batches` gives them.
+    """
+    ids, targets, *ptr = batch
+    if not ptr:
+        return language_modelling(model(ids)[0], targets)
+    B, N = ids.shape
+    firsts = ptr[0][:, :-1] + torch.arange(0, B * N, N, device=ids.device)[:, None]
+    sets = torch.cat([firsts.flatten(), firsts.new_full((1,), B * N)])  # of the rows one after another
+    return language_modelling(model(ids.reshape(1, B * N), ptr=sets)[0], targets.reshape(1, B * N))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch):

@@ -25,6 +25,7 @@ def flow_attention(
     extra_positions: Tensor | None,  # [B, H, E, D]
     extra_values: Tensor | None,  # [B, H, E, c]
     extra_influence: Tensor | None,  # [B, H, E]
+    ptr: Tensor | None = None,  # [S + 1] offsets of the sets; without it lengths count
 ) -> tuple[Tensor, ...]:  # context [B, H, N, c]; positions, flow [B, H, N, D], energy; indices, sq_dists [B, H, N, k]
     real = positions.dtype
     B, H, N, D = positions.shape
@@ -48,6 +49,9 @@ def flow_attention(
         visible = visible & (place <= place.view(N, 1))
     if not include_self:
         visible = visible & (place != place.view(N, 1))
+    if ptr is not None:
+        own = torch.searchsorted(ptr, place, right=True)
+        visible = visible & (own == own.view(N, 1))
     asking = torch.ones(B, 1, N, 1, dtype=torch.bool, device=states.device)
     if lengths is not None:
         asking = (place < lengths.view(B, 1)).view(B, 1, N, 1)

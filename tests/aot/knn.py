@@ -37,13 +37,15 @@ def on_lists(kernel: object, constants: dict) -> Case:
 
 def brute_cases():
     flags = [
-        {"HAS_LP": ragged, "HAS_LQ": ragged, "CAUSAL": causal, "INCLUDE_SELF": include_self}
-        for causal, include_self, ragged in ((False, True, True), (False, False, False), (True, True, False),
-                                             (True, False, True))
+        {"HAS_LP": ragged, "HAS_LQ": ragged, "SETS": sets, "CAUSAL": causal, "INCLUDE_SELF": include_self}
+        for causal, include_self, ragged, sets in (
+            (False, True, True, False), (False, False, False, False), (True, True, False, False),
+            (True, False, True, False), (False, True, False, True), (True, True, False, True),
+        )
     ]  # fmt: skip
     sizes = {"GROUP": brute.GROUP, "CAP": 32 + brute.GROUP}
     for size in LISTS:
-        for sliced, flag in zip((False, True, True, False), flags, strict=True):
+        for sliced, flag in zip((False, True, True, False, False, True), flags, strict=True):
             yield on_lists(brute.slice_kernel, {**flag, "SLICED": sliced, **of_lists(*size), **sizes})
         yield on_lists(brute.merge_kernel, of_lists(*size))
     double = {**TYPES, **dict.fromkeys(("P", "Q", "OUT_D"), POINTER[torch.float64])}

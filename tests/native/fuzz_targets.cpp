@@ -43,6 +43,15 @@ void check_row(const T* points, int64_t n, int64_t D, const T* q, int64_t k, con
   }
 }
 
+Tensor offsets(Bytes& in, int64_t S, int64_t n) {
+  Tensor ptr({S + 1}, Dtype::Long);
+  int64_t* at = ptr.data<int64_t>();
+  for (int64_t s = 0; s <= S; ++s) at[s] = in.between(0, n);
+  std::sort(at, at + S + 1);
+  at[0] = 0, at[S] = n;
+  return ptr;
+}
+
 template <class T>
 void knn_of(Bytes& in, Dtype type) {
   const int64_t B = 1 + in.byte() % 2, D = 1 + in.byte() % 10, N = in.between(0, 1500);
@@ -56,13 +65,20 @@ void knn_of(Bytes& in, Dtype type) {
     queries = reals(in, {B, M, D}, type);
     if (M != N) causal = false, include_self = true;
   }
-  if (in.coin()) lengths = wild_indices(in, {B}, N + 1);
-  if (queries && in.coin()) query_lengths = wild_indices(in, {B}, M + 1);
+  Maybe ptr, query_ptr;
+  if (in.coin()) {
+    const int64_t S = 1 + in.byte() % 5;
+    ptr = offsets(in, S, N);
+    if (queries) query_ptr = causal || !include_self ? ptr : offsets(in, S, M);
+  } else if (in.coin()) {
+    lengths = wild_indices(in, {B}, N + 1);
+  }
+  if (queries && !ptr && in.coin()) query_lengths = wild_indices(in, {B}, M + 1);
   int64_t index = 0;
-  if (in.coin()) index = op<KnnIndex>("knn_index")(points, lengths);
+  if (in.coin()) index = op<KnnIndex>("knn_index")(points, lengths, ptr);
   if (in.coin() && lengths) lengths->data<int64_t>()[0] = in.wild(N + 1);  // not those of the index
   const auto [ids, dists] =
-      op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index);
+      op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index, ptr, query_ptr, {}, false);
   if (index) op<KnnForget>("knn_forget")(index);
   for (int64_t b = 0; b < B; ++b) {
     const auto length = [&](const Maybe& l, int64_t most) {
@@ -72,7 +88,14 @@ void knn_of(Bytes& in, Dtype type) {
     const T* p = points.data<T>() + b * N * D;
     const T* q = queries ? queries->data<T>() + b * M * D : p;
     for (int64_t i = 0; i < M; i += i < 8 || i + 8 > M ? 1 : 1 + M / 16) {
-      const auto visible = [&](int64_t j) { return i < m && (include_self || j != i) && (!causal || j <= i); };
+      const auto set_of = [&](const Tensor& sets, int64_t row) {
+        const int64_t* at = sets.data<int64_t>();
+        return std::upper_bound(at, at + sets.size(0), row) - at;
+      };
+      const auto visible = [&](int64_t j) {
+        if (ptr && set_of(*ptr, j) != set_of(query_ptr ? *query_ptr : *ptr, i)) return false;
+        return i < m && (include_self || j != i) && (!causal || j <= i);
+      };
       const int64_t row = (b * M + i) * k;
       check_row(p, n, D, q + i * D, k, ids.data<int64_t>() + row, dists.data<T>() + row, visible, "knn");
     }

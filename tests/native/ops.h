@@ -18,8 +18,9 @@ F* op(const char* name) {
   return torch::stable::Library::get().op<F>(name);
 }
 
-using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, int64_t);
-using KnnIndex = int64_t(const Tensor&, const Maybe&);
+using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, int64_t, const Maybe&,
+                 const Maybe&, std::optional<double>, bool);
+using KnnIndex = int64_t(const Tensor&, const Maybe&, const Maybe&);
 using KnnForget = void(int64_t);
 using Gather = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
                       const Maybe&, const Maybe&, bool);
@@ -33,6 +34,8 @@ using DriftBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Te
                            const Tensor&);
 using Norm = Tensor(const Tensor&, const Tensor&, const Maybe&, double, std::string);
 using NormBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double, std::string);
+using SetMeans = Tensor(const Tensor&, const Tensor&, bool);
+using FarthestPoints = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, int64_t);
 using Route = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, bool);
 using RouteBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, bool,
                            bool, bool);

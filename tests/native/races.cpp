@@ -54,29 +54,35 @@ void twice(const char* name, const F& call) {
 }
 
 void knn() {
-  const auto search = op<Knn>("knn");
+  const auto search = [](const Tensor& points, int64_t k, bool causal, bool include_self, int64_t index, Maybe ptr = {}) {
+    return op<Knn>("knn")(points, {}, {}, {}, k, causal, include_self, index, ptr, {}, {}, false);
+  };
   for (int64_t D : {1, 2, 3, 9}) {
     Tensor points = random({2, 2500, D}, 1);
     for (int64_t i = 0; i < points.numel(); i += 3) points.data<float>()[i] = (i % 7) * 0.1f;  // ties and repeats
     for (int causal : {0, 1})
-      twice("knn", [&] { return listed(search(points, {}, {}, {}, 9, causal, !causal, 0)); });
-    const int64_t index = op<KnnIndex>("knn_index")(points, {});
-    twice("KNNIndex, causal", [&] { return listed(search(points, {}, {}, {}, 20, true, true, index)); });
-    twice("KNNIndex", [&] { return listed(search(points, {}, {}, {}, 20, false, true, index)); });
+      twice("knn", [&] { return listed(search(points, 9, causal, !causal, 0)); });
+    const int64_t index = op<KnnIndex>("knn_index")(points, {}, {});
+    twice("KNNIndex, causal", [&] { return listed(search(points, 20, true, true, index)); });
+    twice("KNNIndex", [&] { return listed(search(points, 20, false, true, index)); });
     op<KnnForget>("knn_forget")(index);
   }
   // The prefixes of an index are built by whichever caller comes first.
   const Tensor points = random({1, 4000, 2}, 2);
-  const int64_t index = op<KnnIndex>("knn_index")(points, {});
+  const int64_t index = op<KnnIndex>("knn_index")(points, {}, {});
   std::vector<std::thread> callers;
   for (int c = 0; c < 4; ++c)
-    callers.emplace_back([&, c] { search(points, {}, {}, {}, 5, c % 2, true, index); });
+    callers.emplace_back([&, c] { search(points, 5, c % 2, true, index); });
   for (auto& caller : callers) caller.join();
   Tensor tiny = random({1, 3000, 2}, 3);
   for (int64_t i = 0; i < tiny.numel(); ++i) tiny.data<float>()[i] *= 1e-22f;
-  twice("knn, underflowing", [&] { return listed(search(tiny, {}, {}, {}, 9, false, true, 0)); });
+  twice("knn, underflowing", [&] { return listed(search(tiny, 9, false, true, 0)); });
   const Tensor many = random({6, 900, 2}, 4);
-  twice("knn, one thread each", [&] { return listed(search(many, {}, {}, {}, 9, true, true, 0)); });
+  twice("knn, one thread each", [&] { return listed(search(many, 9, true, true, 0)); });
+  const Tensor packed = random({1, 7000, 2}, 5);
+  Tensor ptr({42}, Dtype::Long);  // 40 small sets, an empty one, a large one
+  for (int64_t s = 0; s < 42; ++s) ptr.data<int64_t>()[s] = s < 41 ? s / 2 * 40 : 7000;
+  twice("knn, packed sets", [&] { return listed(search(packed, 9, true, true, 0, ptr)); });
 }
 
 void gather() {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import INTERPRETED
 
-from bench import host_cost, report
+from bench import host_cost, migrating, report
 from bench.__main__ import main
 from bench.cases import CASES, Case
 from bench.measure import Row, compare, fill, goal_of, run_case
@@ -120,3 +120,14 @@ def test_a_result_that_is_none_is_said_in_one_line(tmp_path, capsys):
             main(["compare", str(path), str(path)])
         said = capsys.readouterr().err.strip().splitlines()
         assert error.value.code == 2 and message in said[-1] and "Traceback" not in "".join(said)
+
+
+def test_migrating():
+    """Every case at its small size, ours and the others'; the table has a line for each pair."""
+    rows = migrating.measure("cpu", 0.01, small=True)
+    assert len(rows) == len(migrating.cases("cpu", small=True)) and all(row["ours ms"] > 0 for row in rows)
+    facts = {"cpu": "some", "threads": "2", "torch": "2", "date": "today", "commit": "none"}
+    text = migrating.table(facts, rows)
+    assert text.count("| knn_points, norm=1") == 1 and text.count("plain PyTorch: ") == 6
+    page = migrating.PAGE.read_text()
+    assert all(page.count(mark) == 1 for mark in migrating.MARKS)

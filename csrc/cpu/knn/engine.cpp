@@ -39,7 +39,8 @@ constexpr int kUsualK = 16;
 template <class T>
 class Workspace {
  public:
-  Workspace(const Grid<T>& grid, int k) {
+  Workspace(const Grid<T>& grid, int k) : Workspace(grid.dims, grid.strips, grid.slabs, k) {}
+  Workspace(int dims, uint32_t strips, uint32_t slabs, int k) {
     int64_t K = 4;
     while (K < k) K *= 2;
     const int64_t key = sizeof(T) == 4 ? 8 : 16;  // words in a row of eight keys
@@ -48,11 +49,11 @@ class Workspace {
     keys_ = Buffer<double>(K * key);
     pending_ = Buffer<T>(2 * pending * 8);
     pending_id_ = Buffer<uint32_t>(2 * pending);
-    queries_ = Buffer<T>(2 * grid.dims * 8);
-    place_hint_ = Buffer<uint32_t>(grid.strips);
-    strip_hint_ = Buffer<uint32_t>(grid.slabs);
-    std::fill_n(place_hint_.data(), grid.strips, 0u);
-    std::fill_n(strip_hint_.data(), grid.slabs, 0u);
+    queries_ = Buffer<T>(2 * dims * 8);
+    place_hint_ = Buffer<uint32_t>(strips);
+    strip_hint_ = Buffer<uint32_t>(slabs);
+    std::fill_n(place_hint_.data(), strips, 0u);
+    std::fill_n(strip_hint_.data(), slabs, 0u);
   }
   Scratch view() const {
     return {best_.data(), pending_.data(), pending_id_.data(), keys_.data(),
@@ -97,6 +98,9 @@ Search<T> basic(const Request<T>& r) {
   s.k = r.k;
   s.self_allowed = r.include_self;
   s.mask = r.causal ? Mask::limit : r.include_self ? Mask::all : Mask::not_self;
+  s.absolute = r.absolute;
+  s.within = r.within;
+  s.first_id = r.first_id;
   s.out_ids = r.ids;
   s.out_dists = r.dists;
   return s;
@@ -119,9 +123,9 @@ int copies(int k, Mask mask) { return k + (mask == Mask::not_self); }
 template <class T>
 void search_scan(const Request<T>& r, int64_t n, const Pool& pool) {
   Search<T> s = basic(r);
-  const BuiltGrid<T> points = in_order(Rows<T>{r.points, n, r.dims});
-  BuiltGrid<T> queries;
-  if (r.queries || r.m != n) queries = in_order(query_rows(r));
+  BuiltGrid<T> points, queries;
+  put_in_order(Rows<T>{r.points, n, r.dims}, points);
+  if (r.queries || r.m != n) put_in_order(query_rows(r), queries);
   const Grid<T> p = points.view(), q = queries.dims ? queries.view() : p;
   s.points = &p;
   s.queries = &q;
@@ -207,7 +211,7 @@ void search(const Request<T>& r, Prepared<T>* made, const Pool& pool) {
   if (!worth_a_grid(r.n, r.dims) || (r.queries && r.m < 64 && !made)) return search_scan(r, r.n, pool);
   // So many at distance zero that a walk through the cells would meet far more than k of them? (Copies of one position
   // are not the problem: without_repeats leaves k of them.)
-  const double zero_share = made ? made->zero_share() : share_of_zero_distances(point_rows(r));
+  const double zero_share = r.absolute ? 0 : made ? made->zero_share() : share_of_zero_distances(point_rows(r));
   if (zero_share * r.n > 8 * r.k) return search_underflowing(r, pool);
   if (r.causal) return search_causal(r, made, pool);
   BuiltGrid<T> own;
@@ -215,8 +219,36 @@ void search(const Request<T>& r, Prepared<T>* made, const Pool& pool) {
   search_grid(r, basic(r), made ? made->prefix(0, pool) : own, r.queries == nullptr, pool);
 }
 
+template <class T>
+struct SmallSearches<T>::Memory {
+  Workspace<T> space;
+  BuiltGrid<T> points, queries;
+};
+
+template <class T>
+SmallSearches<T>::SmallSearches(int dims, int k) : memory_(new Memory{Workspace<T>(dims, 0, 0, k), {}, {}}) {}
+template <class T>
+SmallSearches<T>::~SmallSearches() = default;
+
+template <class T>
+void SmallSearches<T>::search(const Request<T>& r) {
+  const ExactFloats exact;
+  if (r.n == 0) return fill_missing(r, true, Pool{});
+  auto& [space, points, queries] = *memory_;
+  put_in_order(point_rows(r), points);
+  if (r.queries) put_in_order(query_rows(r), queries);
+  const Grid<T> p = points.view(), q = r.queries ? queries.view() : p;
+  if (q.n != r.m) fill_missing(r, false, Pool{});
+  Search<T> s = basic(r);
+  s.points = &p;
+  s.queries = &q;
+  kernels_of<T>().scan(s, 0, q.n, space.view());
+}
+
 template class Prepared<float>;
 template class Prepared<double>;
+template class SmallSearches<float>;
+template class SmallSearches<double>;
 template void search(const Request<float>&, Prepared<float>*, const Pool&);
 template void search(const Request<double>&, Prepared<double>*, const Pool&);
 

@@ -5,6 +5,8 @@
 // finite or its distance overflows.
 #pragma once
 
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -25,6 +27,9 @@ struct Request {
   int k;
   bool causal = false;  // only points with id <= the query's
   bool include_self = true;
+  bool absolute = false;  // by sums of absolute differences; neither causal nor without self
+  T within = std::numeric_limits<T>::infinity();  // only points nearer than that count
+  int64_t first_id = 0;   // of the points, in the output
   int64_t* ids;         // [m][k]
   T* dists;             // [m][k]
 };
@@ -55,5 +60,19 @@ class Prepared {
 // `made`: null, or the prepared points of the request; the result is the same.
 template <class T>
 void search(const Request<T>& request, Prepared<T>* made, const Pool& pool);
+
+// Searches of few points, one after another on one thread, in memory that lasts from one to the next: what a search of
+// eight points costs is mostly its memory.
+template <class T>
+class SmallSearches {
+ public:
+  SmallSearches(int dims, int k);
+  ~SmallSearches();
+  void search(const Request<T>& request);
+
+ private:
+  struct Memory;
+  std::unique_ptr<Memory> memory_;
+};
 
 }  // namespace dfn::knn

@@ -35,8 +35,9 @@ BuiltGrid<T> build_grid(const Rows<T>& rows, int k, const Cuts<T>* cuts, const P
 template <class T>
 BuiltGrid<T> without_repeats(const BuiltGrid<T>& grid, int keep, const Pool& pool);
 
-// All finite points in the order of ids, in columns, without cells: for exhaustive scans.
+// All finite points in the order of ids, in columns, without cells: for exhaustive scans. `out` may hold others, whose
+// memory is used again.
 template <class T>
-BuiltGrid<T> in_order(const Rows<T>& rows);
+void put_in_order(const Rows<T>& rows, BuiltGrid<T>& out);
 
 }  // namespace dfn::knn

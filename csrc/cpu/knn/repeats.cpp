@@ -77,26 +77,25 @@ BuiltGrid<T> without_repeats(const BuiltGrid<T>& grid, int keep, const Pool& poo
 }
 
 template <class T>
-BuiltGrid<T> in_order(const Rows<T>& rows) {
+void put_in_order(const Rows<T>& rows, BuiltGrid<T>& out) {
   const int D = rows.dims;
-  BuiltGrid<T> out;
   out.dims = D;
   out.stride = rows.n;
-  out.coords = Buffer<T>(rows.n * D);
-  out.ids = Buffer<uint32_t>(rows.n);
+  out.n = 0;
+  if (out.coords.size() < rows.n * D) out.coords = Buffer<T>(rows.n * D);
+  if (out.ids.size() < rows.n) out.ids = Buffer<uint32_t>(rows.n);
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* row = rows.data + i * D;
     if (!finite_row(row, D)) continue;
     for (int d = 0; d < D; ++d) out.coords[d * out.stride + out.n] = row[d];
     out.ids[out.n++] = static_cast<uint32_t>(i);
   }
-  return out;
 }
 
 #define DFN_INSTANTIATE(T)                                                      \
   template struct BuiltGrid<T>;                                                 \
   template BuiltGrid<T> without_repeats(const BuiltGrid<T>&, int, const Pool&); \
-  template BuiltGrid<T> in_order(const Rows<T>&);
+  template void put_in_order(const Rows<T>&, BuiltGrid<T>&);
 DFN_INSTANTIATE(float)
 DFN_INSTANTIATE(double)
 

@@ -42,8 +42,11 @@ struct Search {
   uint32_t first_query;  // queries with a lower id are skipped
   bool unfinished;       // so are queries whose k-th distance in the output is zero
   Mask mask;
+  bool absolute;         // sums of absolute differences instead of squares; with Mask::all only
   bool self_allowed;     // for Mask::limit: limit = id, else id - 1
+  T within;              // only points nearer than that count
   int k;                 // columns of the output
+  int64_t first_id;      // added to the ids that are written
   int64_t* out_ids;      // [ids][k]
   T* out_dists;          // [ids][k]
 };

@@ -2,6 +2,9 @@
 
 Points are cut into slices, so that few queries fill a GPU, too: a program takes LANES queries, one a lane, and a slice.
 Where there are several slices, a second kernel merges what they found.
+
+Packed sets: every query has its own first and last point. Queries side by side have the same set or one nearby, so a
+program walks from the first point of any of them to the last. Time is quadratic in the size of a set.
 """
 
 import torch
@@ -9,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...packed import set_of_rows
 from . import lists
 from .lists import FAR, forget, merge_list, merge_sorted, write
 from .tree import JIT
@@ -56,10 +60,10 @@ def _bits(d):
 
 @triton.jit(**JIT)
 def row_kernel(
-    P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use
+    P, Q, LP, LQ,  # inputs: points, queries, how many of each are in use; SETS: first point of each query [M], its end
     OUT_I, OUT_D,  # outputs [B, M, k]: ascending by index, not by distance; then -1 and inf
     N, M, D, k,  # shapes
-    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, SETS: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     K: tl.constexpr,  # length of the list, a power of two, at least k
 ):  # fmt: skip
     """One query per program, for float64. Two passes: K candidates at a time are sorted and merged into the K best,
@@ -68,7 +72,9 @@ def row_kernel(
     """
     pid = tl.program_id(0)
     b, i = (pid // M).to(tl.int64), pid % M
-    n = N
+    first, n = 0, N
+    if SETS:
+        first, n = tl.load(LP + i).to(tl.int32), tl.load(LQ + i).to(tl.int32)
     if HAS_LP:
         n = tl.minimum(n, tl.load(LP + b).to(tl.int32))
     if CAUSAL:
@@ -83,7 +89,7 @@ def row_kernel(
     nothing = _bits(tl.full((K,), inf, P.dtype.element_ty))
 
     best = nothing  # ascending
-    for start in range(0, n, K):
+    for start in range(first, n, K):
         j = start + lane
         d = _distance(P, Q, at, j.to(tl.int64), True, j < n, D)
         c = tl.where((j < n) & _visible(i, j, CAUSAL, INCLUDE_SELF) & (d < inf), _bits(d), nothing)
@@ -93,7 +99,7 @@ def row_kernel(
     ties = k - tl.sum((best < tau).to(tl.int32), axis=0)
 
     count = 0
-    for start in range(0, n, K):
+    for start in range(first, n, K):
         j = start + lane
         d = _distance(P, Q, at, j.to(tl.int64), True, j < n, D)
         c = tl.where((j < n) & _visible(i, j, CAUSAL, INCLUDE_SELF) & (d < inf), _bits(d), nothing)
@@ -112,11 +118,11 @@ def row_kernel(
 
 @triton.jit(**JIT)
 def slice_kernel(
-    P, Q, LP, LQ,  # inputs: points [B, N, D], queries [B, M, D], how many of each are in use
+    P, Q, LP, LQ,  # inputs: points [B, N, D], queries [B, M, D], LP and LQ as above
     MEMORY, BEST,  # scratch: lists [programs, CAP, LANES]; best keys [programs or items, kept, LANES]
     OUT_I, OUT_D,  # outputs [B, M, k], if there is one slice
     N, M, D, k, kept, items, slices, size,  # shapes; items: blocks of queries times slices; size: points in a slice
-    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
+    HAS_LP: tl.constexpr, HAS_LQ: tl.constexpr, SETS: tl.constexpr, CAUSAL: tl.constexpr, INCLUDE_SELF: tl.constexpr,
     SLICED: tl.constexpr, ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,
     GROUP: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -142,6 +148,10 @@ def slice_kernel(
             end = tl.minimum(end, (block % blocks) * LANES + LANES)
         start = (item % slices) * size
         end = tl.minimum(end, start + size)
+        if SETS:
+            first = tl.load(LP + i, mask=rows, other=N).to(tl.int32)
+            after = tl.load(LQ + i, mask=rows, other=0).to(tl.int32)
+            start, end = tl.maximum(start, tl.min(first, axis=0)), tl.minimum(end, tl.max(after, axis=0))
         points = P + b * N * D
         queries = Q + (b * M + i) * D
         MINE = BEST + part * kept * LANES + lane
@@ -164,6 +174,8 @@ def slice_kernel(
             for c in tl.static_range(GROUP):
                 key = (d[c].to(tl.int32, bitcast=True).to(tl.int64) << 32) | (at + c)
                 wanted = (d[c] < float("inf")) & (key < worst) & _visible(i, j + c, CAUSAL, INCLUDE_SELF)
+                if SETS:
+                    wanted = wanted & (first <= j + c) & (j + c < after)
                 tl.store(LIST + count * LANES, key, mask=wanted)
                 count += wanted.to(tl.int32)
             longest = tl.max(count, axis=0)
@@ -209,20 +221,26 @@ def cut(items: int, N: int, kept: int) -> tuple[int, int]:
 
 def search(
     points: Tensor, queries: Tensor | None, lengths: Tensor | None, query_lengths: Tensor | None, k: int, causal: bool,
-    include_self: bool,
+    include_self: bool, ptr: Tensor | None = None, query_ptr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Indices and squared distances [B, M, k]."""
+    """Indices and squared distances [B, M, k]. With `ptr`, offsets of packed sets [S + 1], there are no lengths."""
     B, N, D = points.shape
     if queries is None:
-        queries, query_lengths = points, lengths
+        queries, query_lengths, query_ptr = points, lengths, ptr
     M, device = queries.shape[1], points.device
-    if B * M == 0 or N == 0:
+    if B * M == 0 or N == 0 or ptr is not None and len(ptr) == 1:
         return points.new_full((B, M, k), -1, dtype=torch.int64), points.new_full((B, M, k), torch.inf)
     indices = torch.empty(B, M, k, dtype=torch.int64, device=device)
     sq_dists = points.new_empty(B, M, k)
     inputs = points, queries, points if lengths is None else lengths, points if query_lengths is None else query_lengths
-    flags = {"HAS_LP": lengths is not None, "HAS_LQ": query_lengths is not None, "CAUSAL": causal,
-             "INCLUDE_SELF": include_self}  # fmt: skip
+    if ptr is not None:
+        sets, ptr = (
+            set_of_rows(query_ptr, M),
+            ptr.clamp(0, N),
+        )  # a GPU looks at no offsets; these stay within the points
+        inputs = points, queries, ptr[sets], ptr[sets + 1]
+    flags = {"HAS_LP": lengths is not None, "HAS_LQ": query_lengths is not None, "SETS": ptr is not None,
+             "CAUSAL": causal, "INCLUDE_SELF": include_self}  # fmt: skip
     if points.dtype == torch.float64:
         K = max(64, triton.next_power_of_2(k))
         row_kernel[(B * M,)](*inputs, indices, sq_dists, N, M, D, k, **flags, K=K, num_warps=4, **EXACT)

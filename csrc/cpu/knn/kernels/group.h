@@ -99,7 +99,7 @@ static void flush(const Worker<T>& w, Group<T>& g, int h, int count, bool strict
 }
 
 template <class T>
-DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
+DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed, T within) {
   g.halves = g.count > kLanes ? 2 : 1;
   for (int i = g.count; i < kGroup; ++i) g.id[i] = g.id[g.count - 1];
   for (int h = 0; h < g.halves; ++h) {
@@ -107,7 +107,7 @@ DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
     typename BitsOf<T>::type self[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const uint32_t id = g.id[h * kLanes + l];
-      reach[l] = (T)__builtin_inff();
+      reach[l] = within;
       self[l] = (typename BitsOf<T>::type)id - (mask == Mask::limit && !self_allowed ? 1 : 0);
     }
     __builtin_memcpy(&g.self[h], self, sizeof self);
@@ -118,7 +118,7 @@ DFN_INLINE void start(Group<T>& g, Mask mask, bool self_allowed) {
 }
 
 template <class T>
-DFN_INLINE void finish(const Worker<T>& w, Group<T>& g, bool strict, int64_t* out_ids, T* out_dists) {
+DFN_INLINE void finish(const Worker<T>& w, Group<T>& g, bool strict, const Search<T>& s) {
   for (int h = 0; h < g.halves; ++h) {
     if (g.pending[h] || g.first[h]) flush(w, g, h, g.pending[h], strict);
     const double* best = w.best + (int64_t)h * w.K * kRow<T>;
@@ -128,8 +128,9 @@ DFN_INLINE void finish(const Worker<T>& w, Group<T>& g, bool strict, int64_t* ou
       for (int j = 0; j < w.k; ++j) {
         const double* key = best + j * kRow<T>;
         const T d = key_distance(key, l, T());
-        out_ids[row + j] = d < (T)__builtin_inff() ? (int64_t)key_id(key, l, T()) : -1;
-        out_dists[row + j] = d;
+        const bool found = d < s.within;  // the lanes share their candidates
+        s.out_ids[row + j] = found ? s.first_id + (int64_t)key_id(key, l, T()) : -1;
+        s.out_dists[row + j] = found ? d : (T)__builtin_inff();
       }
     }
   }
@@ -151,7 +152,7 @@ DFN_INLINE Ids<T> visible(const Ids<T>& self, uint32_t id) {
 
 // Distances of n <= 8 candidates to all queries of the group; those within reach of some lane become pending.
 // q[h * D + dim] holds the queries.
-template <class T, int D, Mask mask>
+template <class T, int D, Mask mask, bool absolute>
 DFN_INLINE void examine(const Worker<T>& w, Group<T>& g, const Lanes<T>* q, int dims, const T* coords, int64_t stride,
                         const uint32_t* ids, int n, bool strict) {
   for (int h = 0; h < g.halves; ++h) {
@@ -173,7 +174,7 @@ DFN_INLINE void examine(const Worker<T>& w, Group<T>& g, const Lanes<T>* q, int 
 #pragma GCC unroll 4
         for (int dim = 0; dim < D; ++dim) {
           const Lanes<T> x = splat(coords[dim * stride + c]) - qh[dim];
-          d = dim ? d + x * x : x * x;
+          d = dim ? d + measure<absolute>(x) : measure<absolute>(x);
         }
         offer(d, ids[c]);
       }
@@ -186,12 +187,12 @@ DFN_INLINE void examine(const Worker<T>& w, Group<T>& g, const Lanes<T>* q, int 
 #pragma GCC unroll 8
           for (int c = 0; c < (int)kStep; ++c) {
             const Lanes<T> x = splat(column[c]) - qd;
-            d[c] = dim ? d[c] + x * x : x * x;
+            d[c] = dim ? d[c] + measure<absolute>(x) : measure<absolute>(x);
           }
         } else {
           for (int c = 0; c < n; ++c) {
             const Lanes<T> x = splat(column[c]) - qd;
-            d[c] = dim ? d[c] + x * x : x * x;
+            d[c] = dim ? d[c] + measure<absolute>(x) : measure<absolute>(x);
           }
         }
       }

@@ -8,7 +8,7 @@
 // Exactness. Float subtraction, multiplication and addition round monotonically, so the squared distance to a
 // cell's edge, computed with the same operations in the same order of dimensions, is never above the computed distance
 // of a point beyond that edge. Cells are skipped only when it exceeds the k-th distance; at equality the search goes
-// on, because a lower id may wait there. `reach` is the float after the k-th distance, so `< reach` means `<= tau`.
+// on, because a lower id may wait there. (Sums of absolute differences have the same property.) `reach` is the float after the k-th distance, so `< reach` means `<= tau`.
 
 #include "cpu/knn/types.h"
 
@@ -24,7 +24,7 @@ namespace {
 #include "group.h"
 #include "walk.h"
 
-template <class T, int D, Mask mask>
+template <class T, int D, Mask mask, bool absolute = false>
 static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const Scratch& scratch) {
   const Grid<T>& queries = *s.queries;
   const Grid<T>& points = *s.points;
@@ -55,7 +55,7 @@ static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const
     }
     if (g.count == 0) continue;
     for (int i = g.count; i < kGroup; ++i) place[i] = place[g.count - 1];
-    start(g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed, s.within);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];
@@ -63,18 +63,18 @@ static void search_cells(const Search<T>& s, uint32_t begin, uint32_t end, const
         q[h * dims + dim] = load(x);
       }
     const uint32_t middle = place[g.count / 2];
-    const Walk<T, D, mask> walk{points, w, g, q, dims, points.coords + points.sort_axis * points.stride, below,
+    const Walk<T, D, mask, absolute> walk{points, w, g, q, dims, points.coords + points.sort_axis * points.stride, below,
                                 points.slab_axis < points.strip_axis,
                                 queries.coords[points.sort_axis * queries.stride + middle],
                                 queries.coords[points.strip_axis * queries.stride + middle],
                                 scratch.place_hint, scratch.strip_hint};
     walk.run(slab, strip);
-    finish(w, g, false, s.out_ids, s.out_dists);
+    finish(w, g, false, s);
   }
 }
 
 // Every query against every point, both in ascending order of ids; until every query has k at distance zero.
-template <class T, Mask mask>
+template <class T, Mask mask, bool absolute = false>
 static void scan_points(const Search<T>& s, uint32_t begin, uint32_t end, const Scratch& scratch) {
   const Grid<T>& queries = *s.queries;
   const Grid<T>& points = *s.points;
@@ -85,7 +85,7 @@ static void scan_points(const Search<T>& s, uint32_t begin, uint32_t end, const 
   for (uint32_t at = begin; at < end; at += g.count) {
     g.count = end - at < kGroup ? end - at : kGroup;
     for (int i = 0; i < g.count; ++i) g.id[i] = queries.ids[at + i];
-    start(g, mask, s.self_allowed);
+    start(g, mask, s.self_allowed, s.within);
     for (int h = 0; h < g.halves; ++h)
       for (int dim = 0; dim < dims; ++dim) {
         T x[kLanes];
@@ -98,10 +98,10 @@ static void scan_points(const Search<T>& s, uint32_t begin, uint32_t end, const 
     for (uint32_t p = 0; p < points.n; p += kStep) {
       if (mask == Mask::limit && points.ids[p] > g.id[kGroup - 1]) break;
       const int count = points.n - p < kStep ? points.n - p : kStep;
-      examine<T, 0, mask>(w, g, q, dims, points.coords + p, points.stride, points.ids + p, count, true);
+      examine<T, 0, mask, absolute>(w, g, q, dims, points.coords + p, points.stride, points.ids + p, count, true);
       if (!any_within(g)) break;
     }
-    finish(w, g, true, s.out_ids, s.out_dists);
+    finish(w, g, true, s);
   }
 }
 
@@ -116,6 +116,7 @@ static void search_dims(const Search<T>& s, uint32_t begin, uint32_t end, const 
 
 template <class T>
 static void search(const Search<T>& s, uint32_t begin, uint32_t end, const Scratch& scratch) {
+  if (s.absolute) return search_cells<T, 0, Mask::all, true>(s, begin, end, scratch);
   if constexpr (sizeof(T) == 4) {  // unrolled for the usual cases only: every copy costs seconds of compilation
     if (s.points->dims == 1) return search_dims<T, 1>(s, begin, end, scratch);
     if (s.points->dims == 2) return search_dims<T, 2>(s, begin, end, scratch);
@@ -126,6 +127,7 @@ static void search(const Search<T>& s, uint32_t begin, uint32_t end, const Scrat
 
 template <class T>
 static void scan(const Search<T>& s, uint32_t begin, uint32_t end, const Scratch& scratch) {
+  if (s.absolute) return scan_points<T, Mask::all, true>(s, begin, end, scratch);
   switch (s.mask) {
     case Mask::all: return scan_points<T, Mask::all>(s, begin, end, scratch);
     case Mask::limit: return scan_points<T, Mask::limit>(s, begin, end, scratch);

@@ -81,6 +81,15 @@ DFN_LANEWISE(larger, (a.v[i] > b.v[i] ? a.v[i] : b.v[i]))
 DFN_LANEWISE(smaller, (a.v[i] < b.v[i] ? a.v[i] : b.v[i]))
 #undef DFN_LANEWISE
 
+// What a difference along one axis adds to a distance.
+template <bool absolute, class T>
+DFN_INLINE Lanes<T> measure(const Lanes<T>& x) {
+  if constexpr (absolute)
+    return larger(x, splat(T(0)) - x);
+  else
+    return x * x;
+}
+
 // Is a < b in any lane?
 template <class T>
 DFN_INLINE bool any_less(const Lanes<T>& a, const Lanes<T>& b) {

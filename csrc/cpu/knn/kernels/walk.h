@@ -31,14 +31,13 @@ DFN_INLINE uint32_t locate(const T* column, uint32_t a, uint32_t e, uint32_t gue
   return lo;
 }
 
-// Squared distance from each query to [lo, hi] along one axis.
-template <class T>
+// Distance from each query to [lo, hi] along one axis, as it counts in the sum.
+template <bool absolute, class T>
 DFN_INLINE Lanes<T> edge(const Lanes<T>& q, T lo, T hi) {
-  const Lanes<T> e = larger(larger(splat(lo) - q, q - splat(hi)), splat(T(0)));
-  return e * e;
+  return measure<absolute>(larger(larger(splat(lo) - q, q - splat(hi)), splat(T(0))));
 }
 
-template <class T, int D, Mask mask>
+template <class T, int D, Mask mask, bool absolute>
 struct Walk {
   const Grid<T>& points;
   const Worker<T>& w;
@@ -64,8 +63,7 @@ struct Walk {
     for (int h = 0; h < g.halves; ++h) {
       const Lanes<T> qz = q[h * dims + points.sort_axis];
       Lanes<T> e = up ? splat(z) - qz : qz - splat(z);
-      e = larger(e, splat(T(0)));
-      e = e * e;
+      e = measure<absolute>(larger(e, splat(T(0))));
       const Lanes<T>& a = slab_first ? slab[h] : strip[h];
       const Lanes<T>& b = slab_first ? strip[h] : slab[h];
       const Lanes<T> lower = order == 2 ? (a + b) + e : order == 1 ? (a + e) + b : (e + a) + b;
@@ -75,13 +73,13 @@ struct Walk {
   }
 
   __attribute__((always_inline)) void at(uint32_t p, int n) const {
-    examine<T, D, mask>(w, g, q, dims, points.coords + p, points.stride, points.ids + p, n, false);
+    examine<T, D, mask, absolute>(w, g, q, dims, points.coords + p, points.stride, points.ids + p, n, false);
   }
 
   void walk_strip(uint32_t strip, const Lanes<T>* slab_edge) const {
     Lanes<T> strip_edge[kHalves], both[kHalves];
     for (int h = 0; h < g.halves; ++h) {
-      strip_edge[h] = edge(q[h * dims + points.strip_axis], points.strip_lo[strip], points.strip_hi[strip]);
+      strip_edge[h] = edge<absolute>(q[h * dims + points.strip_axis], points.strip_lo[strip], points.strip_hi[strip]);
       both[h] = slab_edge[h] + strip_edge[h];
     }
     if (!within(both)) return;
@@ -116,7 +114,7 @@ struct Walk {
     for (int h = 0; h < g.halves; ++h) {
       const Lanes<T> qy = q[h * dims + points.strip_axis];
       const Lanes<T> e = larger(up ? splat(border) - qy : qy - splat(border), splat(T(0)));
-      lower[h] = slab_edge[h] + e * e;
+      lower[h] = slab_edge[h] + measure<absolute>(e);
     }
     return within(lower);
   }
@@ -125,7 +123,7 @@ struct Walk {
   bool walk_slab(uint32_t slab, uint32_t own) const {
     Lanes<T> slab_edge[kHalves];
     for (int h = 0; h < g.halves; ++h)
-      slab_edge[h] = edge(q[h * dims + points.slab_axis], points.slab_lo[slab], points.slab_hi[slab]);
+      slab_edge[h] = edge<absolute>(q[h * dims + points.slab_axis], points.slab_lo[slab], points.slab_hi[slab]);
     if (!within(slab_edge)) return false;
     const uint32_t a = points.slab_begin[slab], e = points.slab_begin[slab + 1];
     if (e - a == 1) {
