@@ -10,7 +10,8 @@ from dfn_kernels._checks import are_sizes
 from ..training.losses import wide
 from ..training.progress import shown
 from .decoding import Decoder
-from .layers import DFNBlock, EntityPositions, check_shape, make_norm
+from .feedforward import make_norm
+from .layers import DFNBlock, EntityPositions, check_shape
 from .memory import MemoryState, PersistentFieldMemory
 
 

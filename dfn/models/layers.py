@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
 from dfn_kernels.packed import place_in_set
 
+from .feedforward import GatedMLP, make_norm
 from .linears import applied, dtype_of, operands
 from .memory import MemoryState
 
@@ -232,18 +232,6 @@ class DynamicFlowAttention(nn.Module):
         return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
 
 
-class GatedMLP(nn.Module):
-    """``W_o (silu(W_g x) * W_u x)``: SwiGLU, ``[.., I] -> [.., O]``. Source: Shazeer, GLU variants (2020)."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, bias: bool = False):
-        super().__init__()
-        self.up, self.out = nn.Linear(inputs, 2 * hidden, bias=bias), nn.Linear(hidden, outputs, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
-        return self.out(silu(gate) * up)
-
-
 class DFNBlock(nn.Module):
     """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = LayerNorm(x)``.
 
@@ -311,11 +299,6 @@ class DFNBlock(nn.Module):
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
             update = update.masked_fill(padding[..., None], 0)
         return states + self.dropout(self.out(y) + update), drift.positions
-
-
-def make_norm(norm: str, dim: int, bias: bool = True) -> nn.Module:
-    """ "layer" or "rms"."""
-    return nn.LayerNorm(dim, bias=bias) if norm == "layer" else nn.RMSNorm(dim, eps=1e-6)
 
 
 class FlowMixer(nn.Module):

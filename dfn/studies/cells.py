@@ -7,7 +7,6 @@ under way goes on from its last checkpoint.
 import argparse
 import contextlib
 import datetime
-import functools
 import json
 import platform
 import shutil
@@ -30,6 +29,10 @@ from ..training.trainer import NonFiniteLoss
 EVERY = 200  # steps between checkpoints within a cell
 
 
+def said(text: str) -> None:
+    print(text, flush=True)  # of a study that runs for hours, often into a file
+
+
 class Study:
     """``study.json`` in its folder: what was asked, of which data, where it ran, and a dictionary per cell.
 
@@ -37,7 +40,7 @@ class Study:
     """
 
     def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, evaluations: int = 8,
-                 progress: bool = True, say: Callable[[str], object] = functools.partial(print, flush=True)):  # fmt: skip
+                 progress: bool = True, say: Callable[[str], object] = said):  # fmt: skip
         self.folder, self.path, self.progress, self.say = folder, folder / "study.json", progress, say
         self.evaluations = evaluations
         asked = {"study": name, "options": options, "data": data or {}}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flownetwork import FlowNetwork
+from ..models.feedforward import GatedMLP
 from ..models.language import DFNLanguageModel
-from ..models.layers import GatedMLP, count_parameters
+from ..models.layers import count_parameters
 
 
 class Transformer(nn.Module):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from dfn.models.decoding import Decoder
+from dfn.models.feedforward import GatedMLP
 from dfn.models.language import DFNLanguageModel
-from dfn.models.layers import DFNBlock, EntityPositions, GatedMLP, count_parameters, recommended_heads
+from dfn.models.layers import DFNBlock, EntityPositions, count_parameters, recommended_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(vocab_size=19, dim=20, layers=2, heads=4, pos_dim=2, k=5)
