@@ -15,6 +15,7 @@ from . import (
     __version__,
     _native,
     backends,
+    compat,  # noqa: F401  for what it registers
     field_sample,
     flow_attention,
     flow_drift,
