@@ -1,4 +1,4 @@
-"""The GPU suite: what only a GPU can tell, in pieces that fit a lease of minutes.
+"""The GPU suite: what only a GPU can tell, in pieces of a few minutes.
 
     bash bench/gpu_suite.sh OUT --minutes 4                     checks: tests, CUDA graphs, determinism, compile, models
     bash bench/gpu_suite.sh OUT --minutes 5 --only benchmark    every case beside its best peer, and the goals

@@ -2,10 +2,10 @@
 
     python -m bench.words [--tokens 200000] [--seeds 5] [--preset compact] [--minutes 9]
 
-The text is the sources of the Python standard library as words (10,000 of them, dfn/words.py), one epoch. For every
-seed, in float32 and under bfloat16 autocast: the curve of the training loss and the held-out loss beside the unigram
-entropy; for float32 the held-out loss after int8 quantisation, too. Results are written after every run, as JSON,
-Markdown and a plot; what is there already is not run again, so a long job can be done in pieces of --minutes.
+The text is the sources of the Python standard library as words (10,000 of them, dfn/flownetwork/words.py), one epoch.
+For every seed, in float32 and under bfloat16 autocast: the curve of the training loss and the held-out loss beside the
+unigram entropy; for float32 the held-out loss after int8 quantisation, too. Results are written after every run, as
+JSON, Markdown and a plot; what is there already is not run again, so a long job can be done in pieces of --minutes.
 """
 
 import argparse

@@ -162,7 +162,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 class FlowDriftFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.flow_drift`, in its order.
 
-    For code that composes Functions by hand; `flow_drift` checks, converts and calls the registered op.
+    For code that composes Functions by hand; `flow_drift` checks, converts, and calls this or the registered op.
     """
 
     op = _op

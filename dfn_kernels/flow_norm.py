@@ -111,7 +111,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 class FlowNormFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.flow_norm`, in its order.
 
-    For code that composes Functions by hand; `flow_norm` checks, converts and calls the registered op.
+    For code that composes Functions by hand; `flow_norm` checks, converts, and calls this or the registered op.
     """
 
     op = _op

@@ -252,7 +252,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 class GaussianGatherFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.gaussian_gather`, in its order.
 
-    For code that composes Functions by hand; `gaussian_gather` checks, converts and calls the registered op.
+    For code that composes Functions by hand; `gaussian_gather` checks, converts, and calls this or the registered op.
     """
 
     op = _op

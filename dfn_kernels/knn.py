@@ -105,7 +105,7 @@ def _op(
     include_self: bool,
     check: bool,
     warm: Tensor | None,  # [B, M, k]
-    index: int,  # 0, or the number of these points' grid in the backend
+    index: int,  # 0, or the number by which the backend knows these points' grid or trees
     backend: str,
     ptr: Tensor | None = None,  # [S + 1], of the points; without it lengths count
     query_ptr: Tensor | None = None,  # [S + 1], of the queries
@@ -191,7 +191,7 @@ class KnnFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.knn`, in its order,
     and its outputs: squared distances, indices.
 
-    For code that composes Functions by hand; `knn` checks, converts and calls the registered op.
+    For code that composes Functions by hand; `knn` checks, converts, and calls this or the registered op.
     """
 
     op = _op
@@ -295,7 +295,7 @@ class KNNIndex:
         check_offset_values(OP, "ptr", ptr, positions.shape[-2])
         self.positions = positions.to(compute_dtype(positions)).contiguous()
         self.lengths, self.ptr = lengths, None if ptr is None else ptr.contiguous()
-        self._grids: dict[str, int] = {}  # backend: the number of the grid it has built
+        self._grids: dict[str, int] = {}  # backend: the number of the grid or trees it has built
         B, (N, D) = math.prod(positions.shape[:-2]), positions.shape[-2:]
         points = self.positions.detach().view(B, N, D)
         counts = None if lengths is None else lengths.reshape(B).contiguous()

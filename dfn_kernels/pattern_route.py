@@ -175,7 +175,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 class PatternRouteFunction(OpFunction):
     """The op as a torch.autograd.Function: the arguments of `torch.ops.dfn.pattern_route`, in its order.
 
-    For code that composes Functions by hand; `pattern_route` checks, converts and calls the registered op.
+    For code that composes Functions by hand; `pattern_route` checks, converts, and calls this or the registered op.
     """
 
     op = _op

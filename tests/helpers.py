@@ -1,4 +1,4 @@
-"""What the op tests share: where they run, and what counts as close enough (DESIGN.md, Numbers)."""
+"""What the op tests share: where they run, and what counts as close enough (docs/numerics.md)."""
 
 import itertools
 import os

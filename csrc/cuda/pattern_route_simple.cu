@@ -1,6 +1,6 @@
 // Pattern routing for float32 and float64: the plainest tiled kernel, without tensor cores. For problems so small that
 // PyTorch's product and what follows it would mostly wait for their launches: dfn_kernels/cuda/pattern_route.py decides.
-// What is computed: pattern_route.h. Run in the tests' emulator; not yet timed on a GPU.
+// What is computed: pattern_route.h. Run in the tests' emulator; as it stands, not yet run on a GPU.
 #include "cuda/launch.h"
 #include "cuda/pattern_route.h"
 #include "cuda/ptx.h"

@@ -1,4 +1,4 @@
-"""Models of Dynamic Flow Networks."""
+"""The language model of Dynamic Flow Networks, what it is without one of its parts, and how it is sampled."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""What a person looks at: training curves, entities that drift, fields, runs, ablations."""
+"""What a person looks at: training curves, entities that drift, fields, runs, studies."""

@@ -1,1 +1,1 @@
-"""Questions with an answer: recall, memory, what each part is worth, photographs."""
+"""Questions with an answer: language, recall, length, what each part is worth; memory and photographs."""

@@ -1,4 +1,4 @@
-"""Data that every machine has: bytes of real text, and associative recall."""
+"""Data that every machine has: bytes of real text, split, in batches, and what compressors make of them."""
 
 import bz2
 import codecs

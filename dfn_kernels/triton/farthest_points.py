@@ -1,4 +1,7 @@
-"""Farthest point sampling in Triton: one program per set, a pass over its points for every choice."""
+"""Farthest point sampling in Triton: one program per set, a pass over its points for every choice.
+
+Not yet run on a GPU.
+"""
 
 import triton
 import triton.language as tl

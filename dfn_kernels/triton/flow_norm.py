@@ -4,7 +4,8 @@ The means are summed in float64 and in an order that the shape decides. A block 
 before it (after it, for the gradient) on its own: the energies themselves up to `DIRECT` entities, sums of blocks
 beyond. So no later entity can change a bit of an earlier one, and nobody waits for another program.
 
-With s bytes a state an entity moves 2 s d bytes forward and 3 s d backward, and some 20 beside them.
+With s bytes a state an entity moves 2 s d bytes forward and 3 s d backward, and some 20 beside them. Not yet run on a
+GPU; a prototype was.
 """
 
 import torch

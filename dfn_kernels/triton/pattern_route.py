@@ -1,4 +1,7 @@
-"""Pattern routing in Triton: a matrix product per pattern; the weights multiply its float32 sums."""
+"""Pattern routing in Triton: a matrix product per pattern; the weights multiply its float32 sums.
+
+Not yet run on a GPU with float32 and float64 sums in two levels (`span`).
+"""
 
 import torch
 import triton

@@ -1,4 +1,7 @@
-"""Means within packed sets in Triton: one program walks over a set, with its sum in float64."""
+"""Means within packed sets in Triton: one program walks over a set, with its sum in float64.
+
+Not yet run on a GPU.
+"""
 
 import torch
 import triton

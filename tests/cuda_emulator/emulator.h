@@ -17,7 +17,7 @@
 //   3. A driver with a C interface (pattern_route.cpp) is compiled by the test and called through ctypes.
 //
 // What makes mistakes show
-//   - Threads run to their next meeting point in an order of priority that `set_order` chooses: ascending, descending, or
+//   - Threads run to their next meeting point in an order of priority, given to `emulator_reset`: ascending, descending, or
 //     shuffled by a seed. The first warp so runs ahead as far as the barriers let it: a missing one shows.
 //   - Shared memory starts as NaN. The target of an asynchronous copy becomes NaN when the copy is issued and gets its
 //     data when the issuing thread waits for it; deferred actions come when nobody can run, the oldest first (ascending) or

@@ -208,7 +208,7 @@ def started(emulator: Emulator, run) -> tuple[int, list[str]]:
     "N, sigma, influence", [(61, 0.7, False), (61, torch.tensor([0.7, 0.8, 0.9]), True), (311, 0.7, False)]
 )
 def test_launches(emulator, N, sigma, influence):
-    """DESIGN.md, What a call may cost beside its kernels: 2 forward, 5 backward, with a plan's lists. A plan: 16."""
+    """The budget of test_launches.py: 2 forward, 5 backward, with a plan's lists. A plan: 16."""
     inputs = {**make(N=N, queries=False, c=40, influence=influence), "sigma": sigma}
     torch.utils.deterministic.fill_uninitialized_memory = False  # else memory is filled
     emulator.reset()

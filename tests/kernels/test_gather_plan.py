@@ -85,7 +85,7 @@ def test_hubs_are_cut_into_pieces(counts, monkeypatch):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="what the Triton launchers start")
 @pytest.mark.parametrize("given", ["plan", "nothing"])
 def test_what_large_inputs_start(given, monkeypatch):
-    """With lists that could be hubs, and without a plan: what DESIGN.md allows, and the making of the lists."""
+    """With lists that could be hubs, and without a plan: what test_launches.py allows, and the making of the lists."""
     import dfn_kernels.triton.gaussian_gather as forward
     import dfn_kernels.triton.gaussian_gather_backward as backward
 

@@ -1,4 +1,4 @@
-"""DESIGN.md, What a call may cost beside its kernels: what every op starts on the device, forward and backward."""
+"""What a call may cost beside its kernels: what every op starts on the device, forward and backward."""
 
 from collections.abc import Callable
 

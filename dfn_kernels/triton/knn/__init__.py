@@ -7,7 +7,7 @@
 - warm.py: what neighbours of the last step tell about this one.
 
 Nothing waits for the device and every shape depends on sizes alone, so a CUDA graph can capture a search. Compiled
-without fused multiply-add: distances are the same to the bit on every backend.
+without fused multiply-add: distances are the same to the bit on every backend. Not yet run on a GPU.
 """
 
 import itertools
