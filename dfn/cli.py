@@ -265,7 +265,12 @@ def only(given: dict, *names: str) -> dict:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    arguments.study(arguments)
+    """A study's cells and table; its picture, too, where Ctrl-C stops it."""
+    try:
+        arguments.study(arguments)
+    finally:
+        if (arguments.out / "study.md").exists():  # written with the first cell that is kept
+            draw(arguments.out, warn)
 
 
 def plot(arguments: argparse.Namespace) -> None:

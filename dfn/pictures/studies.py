@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from ..studies.cells import best_cells
 from .style import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SAND, SOFT, pyplot, style_axes
 
 COLORS = {"dfn": BLUE, "transformer++": ORANGE, "window": GREEN, "transformer": SOFT, "flownetwork": PURPLE,
@@ -17,22 +18,6 @@ def draw_study(found: dict, path: Path) -> Path:
     fig.savefig(path)
     plt.close(fig)
     return path
-
-
-def best_cells(found: dict, *, most: bool) -> dict[tuple[str, ...], tuple[str, list[dict]]]:
-    """By all of a cell's key but rate and seed: the learning rate that ended best on the first seed, and its cells."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, dict]]] = {}
-    for key, cell in found["cells"].items():
-        *place, rate, seed = key.split("/")
-        if cell.get("value") is not None:
-            groups.setdefault(tuple(place), {}).setdefault(rate, {})[seed] = cell
-    first, best = str(found["options"]["seed"]), {}
-    for place, rates in groups.items():
-        tried = {rate: seeds[first]["value"] for rate, seeds in rates.items() if first in seeds}
-        if tried:
-            rate = (max if most else min)(tried, key=tried.get)
-            best[place] = rate, list(rates[rate].values())
-    return best
 
 
 def moments(values: list[float]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from ..models.layers import count_parameters
-from ..pictures.studies import draw_study
 from ..runs import run as runs
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Task
@@ -103,7 +102,7 @@ class Study:
 
     @contextlib.contextmanager
     def reported(self, table: Callable[[dict], str]) -> Iterator[None]:
-        """Within it cells are made; at its end, or where it is stopped, what there is becomes a table and a picture."""
+        """Within it cells are made; at its end, or where it is stopped, what there is becomes a table."""
         try:
             with locked(self.folder):
                 yield
@@ -119,7 +118,6 @@ class Study:
         text = table(self.found)
         write_whole(self.folder / "study.md", text.encode())
         self.say(text)
-        draw_study(self.found, self.folder / "study.png")
 
 
 def load(folder: Path) -> dict:
@@ -179,22 +177,28 @@ def use_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def main(doc: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], object]) -> int:
-    """``python -m dfn.studies.NAME``."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
-    add(parser)
-    try:
-        run(parser.parse_args())
-        return 0
-    except UsageError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+def main(name: str) -> int:
+    """``python -m dfn.studies.NAME``: the command ``dfn study NAME``."""
+    return subprocess.call([sys.executable, "-m", "dfn", "study", name, *sys.argv[1:]])
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
+def best_cells(found: dict, *, most: bool) -> dict[tuple[str, ...], tuple[str, list[dict]]]:
+    """By all of a cell's key but rate and seed: the learning rate that ended best on the first seed, and its cells."""
+    groups: dict[tuple[str, ...], dict[str, dict[str, dict]]] = {}
+    for key, cell in found["cells"].items():
+        *place, rate, seed = key.split("/")
+        if cell.get("value") is not None:
+            groups.setdefault(tuple(place), {}).setdefault(rate, {})[seed] = cell
+    first, best = str(found["options"]["seed"]), {}
+    for place, rates in groups.items():
+        tried = {rate: seeds[first]["value"] for rate, seeds in rates.items() if first in seeds}
+        if tried:
+            rate = (max if most else min)(tried, key=tried.get)
+            best[place] = rate, list(rates[rate].values())
+    return best
+
+
 def spread(values: list[float], digits: int) -> str:
     if not values:
         return "-"

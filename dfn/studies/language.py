@@ -6,8 +6,7 @@ Every model has its own best learning rate of a small grid, chosen on the first 
 import argparse
 import sys
 
-from ..pictures.studies import best_cells
-from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
+from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
 from .sources import SplitText, beside, bits_by_place, split_by_content
 
@@ -90,4 +89,4 @@ def table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, add, run))
+    sys.exit(main("language"))

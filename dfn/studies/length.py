@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.language import DFNLanguageModel
-from ..pictures.studies import best_cells
 from ..runs.options import Options
 from ..runs.tasks import Task
-from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
+from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .language import SIZES
 from .rivals import contender
 from .sources import SplitText, bits_by_place, split_by_content
@@ -217,4 +216,4 @@ def table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, add, run))
+    sys.exit(main("length"))

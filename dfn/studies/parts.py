@@ -184,4 +184,4 @@ def table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, add, run))
+    sys.exit(main("parts"))

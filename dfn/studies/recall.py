@@ -14,11 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..pictures.studies import best_cells
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Task
 from ..training.losses import language_modelling
-from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
+from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
 
 MODELS = ("dfn", "transformer++", "window")
@@ -194,4 +193,4 @@ def table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, add, run))
+    sys.exit(main("recall"))

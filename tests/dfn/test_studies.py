@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 
 import pytest
 import torch
@@ -186,15 +187,16 @@ def test_spread():
     assert spread([1.0], 1) == "1.0" and spread([], 1) == "-"
 
 
-def test_modules_are_commands(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.argv", ["recall", "--pairs", "99", "--out", str(tmp_path)])
-    assert cells.main(recall.__doc__, recall.add, recall.run) == 2
-    assert "pairs must be at most 64" in capsys.readouterr().err
+def test_modules_are_commands(monkeypatch):
+    """``python -m dfn.studies.NAME`` is ``dfn study NAME`` with the same words."""
+    called = []
+    monkeypatch.setattr(cells.subprocess, "call", lambda words: called.append(words) or 2)
+    monkeypatch.setattr("sys.argv", ["x", "--pairs", "99"])
     for module in (language, length, parts, recall):
-        monkeypatch.setattr("sys.argv", ["x", "--help"])
+        name = module.__name__.rsplit(".", 1)[1]
         with pytest.raises(SystemExit) as end:
-            cells.main(module.__doc__, module.add, module.run)
-        assert end.value.code == 0 and "--seeds" in capsys.readouterr().out
+            runpy.run_module(module.__name__, run_name="__main__", alter_sys=False)
+        assert end.value.code == 2 and called[-1][1:] == ["-m", "dfn", "study", name, "--pairs", "99"]
 
 
 def test_another_machine_is_noted(tmp_path, monkeypatch):
