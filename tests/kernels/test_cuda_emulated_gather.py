@@ -10,6 +10,7 @@ import subprocess
 import cuda_emulated_gather
 import pytest
 import test_gaussian_gather as plain
+import test_gaussian_gather_inputs as plain_inputs
 import torch
 from cuda_emulated import CSRC, Emulator, compile_library, run_alone
 from cuda_emulated_gather import SOURCES, compare, compare_lists, emulated, gather, make
@@ -94,15 +95,15 @@ def test_extremes(emulator):
     """What the op's own tests ask of every backend."""
     with emulated(emulator):
         for normalize in (False, True):
-            plain.test_padding_is_nobody("native", normalize)
+            plain_inputs.test_padding_is_nobody("native", normalize)
             plain.test_gradcheck("native", normalize)
-        plain.test_extreme_weights("native")
-        plain.test_half_precision_overflow_is_infinite("native")
+        plain_inputs.test_extreme_weights("native")
+        plain_inputs.test_half_precision_overflow_is_infinite("native")
         plain.test_only_the_gradients_asked_for("native")
-        plain.test_leading_dims("native")
-        plain.test_non_contiguous("native")
+        plain_inputs.test_leading_dims("native")
+        plain_inputs.test_non_contiguous("native")
         for empty in (dict(B=0), dict(M=0), dict(k=0), dict(c=0), dict(N=0), dict(N=0, M=0)):
-            plain.test_empty("native", empty)
+            plain_inputs.test_empty("native", empty)
 
 
 def test_known_distances(emulator):
