@@ -1,4 +1,4 @@
-// What pattern routing does before and after PyTorch's own products: pattern_route.h says what. Both kernels run at the
+// What pattern routing does before and after PyTorch's own products: pattern_route.h says what. Both kernels should run at the
 // memory's speed. Compiled, run in the tests' emulator, not yet run on a GPU.
 #include "cuda/half.h"
 #include "cuda/launch.h"
