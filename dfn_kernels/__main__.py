@@ -27,6 +27,7 @@ from . import (
     use_backend,
 )
 from ._backends import INTERPRETED, NAMES, TRITON_MISSING
+from ._native import cpu_name
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -54,7 +55,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _devices() -> list[tuple[str, str]]:
-    rows = [("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()}")]
+    rows = [("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()}")]
     for i in range(torch.cuda.device_count()):
         shape = torch.cuda.get_device_properties(i)
         memory = f"{shape.total_memory / 2**30:.0f} GiB"
@@ -63,14 +64,6 @@ def _devices() -> list[tuple[str, str]]:
         rows += [(f"xpu:{i}", torch.xpu.get_device_name(i)) for i in range(torch.xpu.device_count())]
     settings = [name for name in sorted(os.environ) if name.startswith(("DFN_", "TRITON_", "OMP_"))]
     return rows + [("environment", " ".join(f"{name}={os.environ[name]}" for name in settings) or "nothing set")]
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # ---- the check ------------------------------------------------------------------------------------------------------

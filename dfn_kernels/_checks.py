@@ -80,3 +80,8 @@ def shaped(x: Tensor, *shape: int) -> Tensor:
     microsecond, and more when autograd walks back through it.
     """
     return x if x.ndim == len(shape) else x.reshape(shape)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, with rows that lie dense in memory, as kernels read them."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,6 +1,7 @@
 """Loads the compiled operator libraries beside this file and remembers why one is missing."""
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -50,3 +51,12 @@ class _Overloads:
 
 
 cpu, cuda = _Overloads("dfn_cpu"), _Overloads("dfn_cuda")
+
+
+def cpu_name() -> str:
+    """The processor's model, as a person knows it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_number, same_device, shaped
+from ._checks import (
+    compute_dtype,
+    dense_rows,
+    has_shape,
+    is_float_tensor,
+    is_number,
+    same_device,
+    shaped,
+)
 from ._transforms import OpFunction, call, per_head
 from .reference.flow_drift import flow_drift as reference
 
@@ -68,7 +76,7 @@ def _op(
     if weight.shape[0] * weight.shape[1] > WIDE[weight.dtype]:
         return tuple(x.contiguous() for x in reference(states, positions, weight, bias, alpha))
     return _launcher(backend).flow_drift(
-        _dense_rows(states), positions.contiguous(), weight.contiguous(),
+        dense_rows(states), positions.contiguous(), weight.contiguous(),
         None if bias is None else bias.contiguous(), alpha.contiguous(),
     )  # fmt: skip
 
@@ -87,7 +95,7 @@ def _backward_op(
     if weight.shape[0] * weight.shape[1] > WIDE[weight.dtype]:
         return _wide_backward(grad_positions, grad_flow, grad_energy, states, weight, alpha, flow)
     return _launcher(backend).flow_drift_backward(
-        grad_positions.contiguous(), grad_flow.contiguous(), grad_energy.contiguous(), _dense_rows(states),
+        grad_positions.contiguous(), grad_flow.contiguous(), grad_energy.contiguous(), dense_rows(states),
         weight.contiguous(), alpha.contiguous(), flow.contiguous(),
     )  # fmt: skip
 
@@ -119,10 +127,6 @@ def _launcher(backend: str):
 
         return flow_drift
     return _native.cpu
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _wide_backward(grad_positions, grad_flow, grad_energy, states, weight, alpha, flow) -> tuple:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device, shaped
+from ._checks import (
+    compute_dtype,
+    dense_rows,
+    has_shape,
+    is_float_tensor,
+    is_index_tensor,
+    is_number,
+    same_device,
+    shaped,
+)
 from ._transforms import OpFunction, call
 from .packed import check_sets
 from .reference.flow_norm import flow_norm as reference
@@ -59,7 +68,7 @@ def _backward_op(
     mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # for states [B, N, d], energy [B, N]
-    return _launcher(backend).flow_norm_backward(_dense_rows(grad), *_dense(states, energy, lengths), eps, mode)
+    return _launcher(backend).flow_norm_backward(dense_rows(grad), *_dense(states, energy, lengths), eps, mode)
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -82,12 +91,8 @@ def _launcher(backend: str):
     return _native.cpu
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _dense(states, energy, lengths) -> tuple:
-    return _dense_rows(states), energy.contiguous(), None if lengths is None else lengths.contiguous()
+    return dense_rows(states), energy.contiguous(), None if lengths is None else lengths.contiguous()
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------

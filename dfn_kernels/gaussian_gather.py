@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._checks import are_flags, compute_dtype, has_shape, is_float_tensor, is_index_tensor, is_number, same_device
+from ._checks import (
+    are_flags,
+    compute_dtype,
+    dense_rows,
+    has_shape,
+    is_float_tensor,
+    is_index_tensor,
+    is_number,
+    same_device,
+)
 from ._transforms import OpFunction, call, per_head
 from .gather_plan import GatherPlan, fits, shared_heads, spatial_order
 from .reference.gaussian_gather import gaussian_gather as reference
@@ -106,7 +115,7 @@ def _backward_op(
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
     return _launcher(backend, values, backward=True).gaussian_gather_backward(
-        _dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
+        dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
         *_dense_or_none(sq_dists, query_order, entity_order, starts, edges), normalize, wanted,
     )  # fmt: skip
 
@@ -147,10 +156,6 @@ def _launcher(backend: str, like: Tensor, backward: bool = False):
     return cuda
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _indices(x: Tensor) -> Tensor:
     """Dense; [B, 1, M, k] where they are expanded over the heads, so that they are prepared once."""
     return (x[:, :1] if shared_heads(x) else x).contiguous()
@@ -160,7 +165,7 @@ def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
     return (
         positions.contiguous(),
         queries.contiguous(),
-        _dense_rows(values),
+        dense_rows(values),
         _indices(indices),
         sigma.contiguous(),
         *_dense_or_none(influence),

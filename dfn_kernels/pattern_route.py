@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._checks import FLOATS, are_flags, has_shape, is_float_tensor, is_integer, is_number, same_device, shaped
+from ._checks import (
+    FLOATS,
+    are_flags,
+    dense_rows,
+    has_shape,
+    is_float_tensor,
+    is_integer,
+    is_number,
+    same_device,
+    shaped,
+)
 from ._transforms import OpFunction, call
 from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
@@ -71,7 +81,7 @@ def _op(
 ) -> Tensor:  # [T, O]
     skip, patterns = _masked(blocks, patterns, backend)
     return _launcher(backend, x).pattern_route(
-        _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(bias), _dense(chosen), *skip, wide
+        dense_rows(x), weights.contiguous(), dense_rows(patterns), _dense(bias), _dense(chosen), *skip, wide
     )
 
 
@@ -90,7 +100,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # for x, weights, patterns, bias; empty where not wanted
     skip, patterns = _masked(blocks, patterns, backend)
     grads = _launcher(backend, x).pattern_route_backward(
-        _dense_rows(grad), _dense_rows(x), weights.contiguous(), _dense_rows(patterns), _dense(chosen), *skip,
+        dense_rows(grad), dense_rows(x), weights.contiguous(), dense_rows(patterns), _dense(chosen), *skip,
         need_tokens, need_patterns, need_bias,
     )  # fmt: skip
     if need_patterns and blocks is not None and not skip:
@@ -141,10 +151,6 @@ def _masked(blocks: Tensor | None, patterns: Tensor, backend: str) -> tuple[tupl
     if backend == "native" and patterns.device.type == "cpu":
         return (_dense(blocks),), patterns
     return (), patterns if blocks is None else patterns * spread_blocks(blocks, patterns)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
+from dfn_kernels.knn import MOST_NEIGHBORS
 from dfn_kernels.packed import place_in_set
 
 from .feedforward import GatedMLP, make_norm
 from .linears import applied, dtype_of, operands
 from .memory import MemoryState
-
-MOST_NEIGHBORS = 1024  # that `knn` finds
 
 
 def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: str = "dim") -> None:

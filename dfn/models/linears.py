@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..training.graphed import has_hooks
+
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether calling it is nothing but ``W x + b`` with the tensors that it holds.
@@ -19,8 +21,7 @@ def is_plain(linear: nn.Module) -> bool:
     """
     if type(linear) is not nn.Linear or "forward" in linear.__dict__:
         return False
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return not (hooked or _has_any_global_hook() or is_traceable_wrapper_subclass(linear.weight))
+    return not (has_hooks(linear) or _has_any_global_hook() or is_traceable_wrapper_subclass(linear.weight))
 
 
 def dtype_of(linear: nn.Module) -> torch.dtype:

@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass, field, fields
 
+from dfn_kernels.knn import MOST_NEIGHBORS
+
 from ..models.language import ABLATIONS
 from ..training.checkpoints import CheckpointError
 
@@ -36,7 +38,7 @@ class Options:
     layers: int = option(2, "blocks", 1)
     heads: int = option(4, "heads in a block; they divide the size of a state", 1)
     pos_dim: int = option(2, "dimension of a position", 1)
-    k: int = option(8, "neighbours that a head reads from", 1, most=1024)
+    k: int = option(8, "neighbours that a head reads from", 1, most=MOST_NEIGHBORS)
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))

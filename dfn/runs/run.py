@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from dfn_kernels._native import cpu_name
 
 from ..models.layers import count_parameters
 from ..training import checkpoints
@@ -275,14 +276,6 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

@@ -20,10 +20,17 @@ def shapes_of(batch) -> list[tuple]:
     return [(tuple(x.shape), x.dtype) for x in tensors_of(batch)]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling it runs somebody's Python besides its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def hooked(model: nn.Module) -> str | None:
     """The name of a module with hooks, whose Python a replay would not run; None if there is none."""
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             return name or type(module).__name__
     return None
 

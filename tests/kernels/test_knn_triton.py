@@ -250,8 +250,11 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("k, causal, others", [(7, 0, False), (7, 1, False), (7, 0, True), (100, 1, False)])
-def test_nothing_waits_for_the_device(k, causal, others, launches):
+# as docs/search.md counts them, and one for the warm start
+@pytest.mark.parametrize(
+    "k, causal, others, started", [(7, 0, False, 7), (7, 1, False, 9), (7, 0, True, 11), (100, 1, False, 9)]
+)
+def test_nothing_waits_for_the_device(k, causal, others, started, launches):
     """On meta tensors, which have no values: whatever needs one on the host, or in a shape, fails. So a CUDA graph can
     capture a search. And few calls: a sort by PyTorch counts as one.
     """
@@ -265,7 +268,7 @@ def test_nothing_waits_for_the_device(k, causal, others, launches):
         with _OneDevice() as device:
             indices, sq_dists = package.knn(*inputs, k, bool(causal), not causal, found)
             assert indices.shape == sq_dists.shape == found.shape
-        assert 5 < len(launches) + len(device.calls) <= 11, (launches, device.calls)
+        assert len(launches) + len(device.calls) == started, (launches, device.calls)
 
 
 @pytest.mark.parametrize("dtype, D, n", [(torch.float32, 3, 2003), (torch.float32, 20, 100), (torch.float64, 2, 5000)])
