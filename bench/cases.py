@@ -194,6 +194,20 @@ def _route_work(T, P, I, O, itemsize):
     return (T * (I + P + O) + P * O * I) * itemsize, 2 * T * P * O * I
 
 
+def _drift_case(N, **options):
+    return Case("flow_drift", dict(B=4, N=N, d=256, D=3), make_drift, our_drift, {"F.linear": peers.composed_drift},
+                grads=("states", "positions", "weight", "bias"), small=dict(B=2, N=67, d=37, D=3),
+                work=lambda B, N, d, D, itemsize: (B * N * (d * itemsize + 3 * D * 4 + 4), 2 * B * N * d * D),
+                compiled=("F.linear",), **options)  # fmt: skip
+
+
+def _norm_case(N, **options):
+    return Case("flow_norm", dict(B=4, N=N, d=256), make_norm, our_norm, {"cumsum, rsqrt": peers.composed_norm},
+                grads=("states", "energy"), small=dict(B=2, N=67, d=37),
+                work=lambda B, N, d, itemsize: (B * N * (2 * d * itemsize + 4), B * N * d), compiled=("cumsum, rsqrt",),
+                **options)  # fmt: skip
+
+
 def _gather_case(B, H, N, D, c, k, **options):
     return Case(
         "gaussian_gather",
@@ -227,7 +241,7 @@ def _attention_case(N, goals, **options):
                 **options)  # fmt: skip
 
 
-def _knn_case(N, D, k, causal=False):
+def _knn_case(N, D, k, causal=False, **options):
     trees = {"scipy cKDTree": peers.scipy_knn, "pynanoflann": peers.nanoflann_knn}
     brute_force = {"cdist + topk": peers.composed_knn, "faiss, flat": peers.faiss_knn, "KeOps": peers.keops_knn}
     return Case(
@@ -239,6 +253,7 @@ def _knn_case(N, D, k, causal=False):
         gpu_peers={} if causal else {"CuPy KDTree": peers.cupy_knn},
         small=dict(B=2, N=301, D=D, k=min(k, 7)),
         exact=True,
+        **options,
     )
 
 
@@ -259,17 +274,15 @@ def _route_case(T, P, I, O, **options):
 
 
 CASES = [
-    Case("flow_drift", dict(B=4, N=8192, d=256, D=3), make_drift, our_drift, {"F.linear": peers.composed_drift},
-         grads=("states", "positions", "weight", "bias"), small=dict(B=2, N=67, d=37, D=3),
-         work=lambda B, N, d, D, itemsize: (B * N * (d * itemsize + 3 * D * 4 + 4), 2 * B * N * d * D),
-         compiled=("F.linear",)),
-    Case("flow_norm", dict(B=4, N=8192, d=256), make_norm, our_norm, {"cumsum, rsqrt": peers.composed_norm},
-         grads=("states", "energy"), small=dict(B=2, N=67, d=37),
-         work=lambda B, N, d, itemsize: (B * N * (2 * d * itemsize + 4), B * N * d), compiled=("cumsum, rsqrt",)),
-    _knn_case(32_768, 3, 16),
+    _drift_case(8192),
+    _drift_case(65_536, gpu_only=True, goals={"forward float32": 0.075, "forward bfloat16": 0.055}),
+    _norm_case(8192),
+    _norm_case(65_536, gpu_only=True,  # forward: a copy of the states
+               goals={"forward float32": 0.13, "forward bfloat16": 0.068, "training float32": 0.4}),
+    _knn_case(32_768, 3, 16, goals={"forward float32": 0.4}),
     _knn_case(32_768, 2, 16),
-    _knn_case(1_000_000, 2, 16),
-    _knn_case(1_000_000, 3, 16),
+    _knn_case(1_000_000, 2, 16, goals={"forward float32": 0.8}),
+    _knn_case(1_000_000, 3, 16, goals={"forward float32": 1.5}),
     _gather_case(1, 1, 32_768, 3, 64, 16),
     _gather_case(1, 1, 32_768, 3, 256, 16),
     _gather_case(1, 1, 262_144, 3, 64, 16),
@@ -282,9 +295,9 @@ CASES = [
     _attention_case(32_768, {"forward bfloat16": 0.6, "training bfloat16": 1.5}),
     _attention_case(131_072, {"forward bfloat16": 2.0, "training bfloat16": 4.5}, gpu_only=True),
     _route_case(1024, 8, 512, 512),
-    _route_case(8192, 8, 512, 512),
-    _route_case(65_536, 16, 768, 768, gpu_only=True),
-    _route_case(1024, 8, 512, 10_000, gpu_only=True),  # a vocabulary
+    _route_case(8192, 8, 512, 512, goals={"forward bfloat16": 0.05, "training bfloat16": 0.25}),  # 95 % of cuBLAS
+    _route_case(65_536, 16, 768, 768, gpu_only=True, goals={"forward bfloat16": 1.73, "training bfloat16": 5.6}),
+    _route_case(1024, 8, 512, 10_000, gpu_only=True, goals={"training bfloat16": 0.5}),  # a vocabulary
     Case("low_rank_route", dict(T=8192, P=8, I=512, O=512, r=32), make_low_rank, our_low_rank,
          {"two einsums": peers.composed_low_rank}, grads=("x", "weights", "up", "down"),
          small=dict(T=67, P=5, I=23, O=31, r=3), compiled=("two einsums",)),

@@ -102,7 +102,7 @@ def in_turns(before: Runner, after: Runner, mode: str, seconds: float) -> list[f
 
 
 def main(argv: list[str]) -> int:
-    from .cases import CASES
+    from .cases import cases_for
 
     parser = argparse.ArgumentParser(prog="python -m bench guard", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="commit, branch or tag to compare with, or the folder of a built tree")
@@ -113,9 +113,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="the cases at their small sizes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(argv)
-    names = list({case.name: None for case in CASES if given.only in case.name})
+    known = cases_for("cpu")
+    names = list({case.name: None for case in known if given.only in case.name})
     if not names:
-        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in CASES)}")
+        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
     tree = Path(given.base).resolve() if Path(given.base, "dfn_kernels").is_dir() else checkout(given.base)
 
     slower, compared = [], 0
