@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import wave
 
 import torch
 from torch import Tensor
@@ -185,3 +186,12 @@ def ended_well(workers: list[subprocess.Popen]) -> list[str]:
             worker.wait()
     assert [worker.returncode for worker in workers] == [0] * len(workers), "\n".join(said)
     return said
+
+
+def sound(path, samples: int = 4000) -> None:
+    """Writes a WAV file of noise."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes((3000 * torch.randn(samples)).short().numpy().tobytes())

@@ -345,9 +345,8 @@ class FlowMixer(nn.Module):
             raise ValueError("FlowMixer: key and value must be the query, as in self-attention, got other tensors")
         if need_weights:
             raise ValueError("FlowMixer: need_weights must be False: there is no matrix of weights, got True")
-        if (
-            key_padding_mask is not None and key_padding_mask.is_floating_point()
-        ):  # what nn.TransformerEncoder makes of it
+        # nn.TransformerEncoder makes a float mask of a bool one
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
             key_padding_mask = key_padding_mask == -torch.inf
         return self._mix(query, key_padding_mask, ptr), None
 

@@ -146,6 +146,7 @@ class Trainer:
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         self.graph: graphed.StepGraph | None = None
         self.warm, self.said, self.say = 0, set(), say
+        self.cuda_graph = cuda_graph
         self.graphs = cuda_graph not in (False, None) and self._may_be_graphed(cuda_graph)
         # A graph holds addresses, not numbers: the step length is a tensor then.
         self.optimizer = torch.optim.AdamW(
@@ -236,8 +237,11 @@ class Trainer:
                 own = [map_tensors(lambda x: x.to(self.device, copy=True), part) for part in parts]
                 self.graph = graphed.StepGraph(self._update, own)
             except RuntimeError as error:
+                reason = f"the step cannot be captured: {str(error).splitlines()[0][:150]}"
+                if self.cuda_graph is True:
+                    raise ValueError(f"Trainer: cuda_graph=True is not possible: {reason}") from error
                 self.graphs = False
-                self._once(f"no CUDA graph: the step cannot be captured: {str(error).splitlines()[0][:150]}")
+                self._once(f"no CUDA graph: {reason}")
                 return self._update(self._here(parts))
         if not self.graph.suits(parts):
             self._once("a batch of another shape than the first ones': it goes without the CUDA graph")

@@ -1,9 +1,8 @@
 """Crops of pictures, sounds and texts, and scenes of one's own: what is held out is never trained on."""
 
-import wave
-
 import pytest
 import torch
+from helpers import sound
 
 from dfn.fields.field import ImageField
 from dfn.runs.crops import Crops, channels_of, load_crops, sampler_of
@@ -37,14 +36,6 @@ def test_pieces_that_are_too_small_are_left_out():
     assert Crops(pieces, (5, 7), ImageField, axis=1).names == ["piece 0"]
     with pytest.raises(ValueError, match=r"needed is a piece of at least 5 x 14 cells, got small: \[4, 4, 1\]"):
         Crops({"small": torch.zeros(4, 4, 1)}, (5, 7), ImageField, axis=1)
-
-
-def sound(path, samples=4000):
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(8000)
-        file.writeframes((3000 * torch.randn(samples)).short().numpy().tobytes())
 
 
 def picture(path, height=24, width=40):

@@ -1,11 +1,11 @@
 """What of a folder is data, what of it is held out, and what a broken, foreign or misnamed file comes to."""
 
 import os
-import wave
 
 import numpy
 import pytest
 import torch
+from helpers import sound
 
 from dfn.fields.field import ImageField, WaveField
 from dfn.fields.files import checksum, files_in, named_held_out
@@ -14,14 +14,6 @@ from dfn.runs.joint import Triples
 from dfn.training.text import HELD_OUT, bigram_bits_per_byte, load_corpus
 
 Image = pytest.importorskip("PIL.Image")
-
-
-def sound(path, samples=4000):
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(8000)
-        file.writeframes((3000 * torch.randn(samples)).short().numpy().tobytes())
 
 
 def picture(path, height=24, width=40):

@@ -110,6 +110,8 @@ def test_a_step_that_cannot_be_captured_goes_on_without(graphs, monkeypatch):
     trainer = Trainer(small(), steps=9, say=said.append)
     assert len(train(trainer, batches(6))) == 6
     assert said == ["no CUDA graph: the step cannot be captured: operation not permitted when stream is capturing"]
+    with pytest.raises(ValueError, match="cuda_graph=True is not possible: the step cannot be captured: operation"):
+        train(Trainer(small(), steps=9, cuda_graph=True), batches(6))
 
 
 @pytest.mark.parametrize("graph", [False, True])
