@@ -9,8 +9,8 @@ from . import POINTER, Case
 
 FLOAT, INT, LONG = POINTER[torch.float32], POINTER[torch.int32], POINTER[torch.int64]
 TYPES = {
-    **dict.fromkeys(("X", "P", "Q", "FRAME", "BOUND", "POINTS", "EDGES", "OUT_D"), FLOAT),
-    **dict.fromkeys(("ASKS", "ASKED", "IDS", "ROWS", "SEATS", "FIRST"), INT),
+    **dict.fromkeys(("X", "P", "Q", "FRAME", "BOUND", "OUT_D"), FLOAT),
+    **dict.fromkeys(("RESTS", "ASKS", "ASKED", "POINTS", "FIRSTS", "ROWS", "SEATS", "BOXES"), INT),
     **dict.fromkeys(("LX", "LP", "LQ", "WARM", "KEYS", "ORDER", "MEMORY", "BEST", "OUT_I"), LONG),
 }
 LISTS = tuple({lists.sizes(k)[0]: lists.sizes(k) for k in (1, 8, 16)}.values()) + (lists.sizes(17),)  # (K, kept)
@@ -69,7 +69,7 @@ def tree_cases():
 
 
 def walk_cases():
-    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "CAP": 3 * tree.LEAF}
+    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "GROUP": walk.GROUP, "CAP": 3 * tree.LEAF}
     for D in (1, 2, 3, 8):
         for size in LISTS:
             for masked in (False, True):
