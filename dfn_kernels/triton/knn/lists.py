@@ -117,26 +117,29 @@ def thin(LIST, near, worst, count, old, longest, LANES: tl.constexpr, K: tl.cons
     """The first `old` keys of each lane's list are among its K `near`est already; now the others are, too, and of the
     list only what is below the new `worst` key stays.
     """
-    for start in range(0, tl.max(count - old, axis=0), K):
+    NEW = LIST + old * LANES
+    fresh = count - old
+    for start in range(0, tl.max(fresh, axis=0), K):
         new = ()
-        for e in tl.static_range(K):
-            s = old + start + e
-            new = new + ((tl.load(LIST + s * LANES, mask=s < count, other=FAR) >> 32).to(tl.int32),)
+        for e in tl.static_range(K):  # up to K keys behind the list may be read: the best ones are there
+            d = (tl.load(NEW + (start + e) * LANES) >> 32).to(tl.int32)
+            new = new + (tl.where(start + e < fresh, d, 0x7F800000),)
         new = _sorted(new, K, LOG)
         both = ()
         for e in tl.static_range(K):
             both = both + (tl.minimum(near[e], new[K - 1 - e]),)
         near = _merged(both, K, LOG)
     worst = tl.minimum(worst, (near[K - 1].to(tl.int64) << 32) | 0xFFFFFFFF)  # whatever its index, it may tie
-    left = tl.zeros_like(count)
+    to = tl.zeros_like(count)
     for start in range(0, longest, 8):
         keys = ()
         for e in tl.static_range(8):
-            keys = keys + (tl.load(LIST + (start + e) * LANES, mask=start + e < count, other=FAR),)
+            keys = keys + (tl.load(LIST + (start + e) * LANES),)
         for e in tl.static_range(8):
-            stays = keys[e] < worst
-            tl.store(LIST + left * LANES, keys[e], mask=stays)
-            left += stays.to(tl.int32)
+            stays = (keys[e] < worst) & (start + e < count)
+            tl.store(LIST + to, keys[e], mask=stays)
+            to = tl.where(stays, to + LANES, to)
+    left = to // LANES
     return near, worst, left
 
 

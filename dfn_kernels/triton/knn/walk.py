@@ -22,16 +22,22 @@ GROUP = 8  # points loaded at a time
 
 
 @triton.jit
-def least_keys(box, inside, low, high, limit, D: tl.constexpr):
-    """Of boxes, seen from the box between `low` and `high`; FAR if nothing in it has an index up to `limit`."""
-    d = 0.0
+def key_of(d, index):
+    """Of a distance and an index, neither of them negative: without a sign to extend it takes two instructions less."""
+    return (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def least_keys(box, low, high, D: tl.constexpr):
+    """Of boxes, seen from the box between `low` and `high`. Of an empty one: not below FAR."""
     for a in tl.static_range(D):
         lower, upper = box[a].to(tl.float32, bitcast=True), box[D + a].to(tl.float32, bitcast=True)
         off = tl.maximum(tl.maximum(lower - high[a], low[a] - upper), 0.0)
-        d = d + off * off
-    first = box[2 * D]
-    key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | first.to(tl.int64)
-    return tl.where(inside & (d < float("inf")) & (first <= limit), key, FAR)
+        if a == 0:
+            d = off * off
+        else:
+            d = d + off * off
+    return key_of(d, box[2 * D])
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def zeros_first(
     """
     expected = k + 0.0  # how many points it takes to find them
     for a in tl.static_range(D):
-        expected *= tl.maximum(scale * 4.7e22, 1.0)  # 1.25 / 2^-75: below it a square rounds to zero
+        expected *= tl.maximum(tl.minimum(scale, 1e-19) * 4.7e22, 1.0)  # 1.25 / 2^-75, whose square rounds to zero
     count = tl.zeros_like(limit)
     start = tl.where(expected * 2.0 < firsts, 0, firsts)
     while (start < firsts) & (tl.max(lacking.to(tl.int32), axis=0) > 0):
@@ -159,9 +165,9 @@ def walk_kernel(
             near = nearest_of_nothing(row, kept, k, K)
             worst = tl.where(walks, start, -1)
             worst_of_all = tl.max(worst, axis=0)
-            count = tl.zeros_like(row)
-            old = count
-            longest = tl.max(count, axis=0)
+            old = tl.zeros_like(row)
+            to = old  # the end of each lane's list, in keys of all lanes
+            longest = tl.max(old, axis=0)
             going = longest == 0
             while going:
                 # Nearest first, but for the last bits of the distance: they make room for which it is.
@@ -173,22 +179,25 @@ def walk_kernel(
                     pending = tl.where(child == which, FAR, pending)
                     leaf = node * FAN + which
                     box = same_row(BOXES + leaf.to(tl.int64) * BOX, LANES, BOX)
-                    if tl.max((least_keys(box, walks, q, q, limit, D) < worst).to(tl.int32), axis=0) > 0:
+                    needed = least_keys(box, q, q, D) < worst
+                    if MASKED:
+                        needed = needed & (box[2 * D] <= limit)
+                    if tl.max(needed.to(tl.int32), axis=0) > 0:
+                        FROM = POINTS + leaf.to(tl.int64) * (LEAF * POINT)
                         for g in tl.static_range(0, LEAF, GROUP):
                             points = ()
                             for c in tl.static_range(GROUP):
-                                j = (leaf * LEAF + g + c).to(tl.int64)
-                                points = points + (same_row(POINTS + j * POINT, LANES, POINT),)
+                                points = points + (same_row(FROM + (g + c) * POINT, LANES, POINT),)
                             for c in tl.static_range(GROUP):
                                 d = sq_dist(points[c], q, D)
                                 index = points[c][D]
-                                key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index.to(tl.int64)
+                                key = key_of(d, index)
                                 wanted = key < worst
                                 if MASKED:
                                     wanted = wanted & (index <= limit) & (index != skip)
-                                tl.store(LIST + count * LANES, key, mask=wanted)
-                                count += wanted.to(tl.int32)
-                        longest = tl.max(count, axis=0)
+                                tl.store(LIST + to, key, mask=wanted)
+                                to = tl.where(wanted, to + LANES, to)
+                        longest = tl.max(to, axis=0) // LANES
                         full = longest > CAP - LEAF
                 else:
                     full = (worst_of_all >= FAR) & (longest > 0)  # any bound is better than none
@@ -199,7 +208,7 @@ def walk_kernel(
                         here = node * FAN + child
                         inside = (here >= begin) & (here < end) & ((here < seeds) | (here >= after_seeds))
                         box = rows_at(BOXES, here, inside, FAN, BOX)
-                        pending = least_keys(box, inside, low, high, last, D)
+                        pending = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                     else:
                         nearest, which = least_of(outer, child, FAN)
                         if nearest < worst_of_all:
@@ -208,25 +217,26 @@ def walk_kernel(
                             here = branch * FAN + child
                             inside = (here >= begin // FAN) & (here * FAN < end)
                             box = rows_at(BOXES, nodes * FAN + here, inside, FAN, BOX)
-                            inner = least_keys(box, inside, low, high, last, D)
+                            inner = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                         else:
                             going = top * (FAN * FAN) < end
                             here = top + child
                             inside = here * (FAN * FAN) < end
                             box = rows_at(BOXES, (nodes + branches) * FAN + here, inside, FAN, BOX)
-                            outer = least_keys(box, inside, low, high, last, D)
+                            outer = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                             top += FAN
                 if full | (going == 0):
+                    count = to // LANES
                     if ONE:
                         near, worst, count = thin(LIST, near, worst, count, old, longest, LANES, K, LOG)
                         longest = tl.max(count, axis=0)
-                        old = count
                     if (ONE == 0) | (longest > CAP - LEAF) | (going == 0):
                         found = merge_list(LIST, BEST, count, longest, kept, ONE, LANES, K, LOG)
                         worst = tl.minimum(worst, found)
                         count = tl.zeros_like(row)
-                        old = count
                         longest = tl.max(count, axis=0)
+                    old = count
+                    to = count * LANES
                     worst_of_all = tl.max(worst, axis=0)
 
             found = tl.load(BEST + (kept - 1) * LANES)
