@@ -81,6 +81,9 @@ def zeros_first(
             count += wanted.to(tl.int32)
         lacking = lacking & (count < k)
         start += GROUP
+    few = count < k  # these walk, and meet the same points again
+    for s in range(0, tl.max(tl.where(few, count, 0), axis=0)):
+        tl.store(BEST + (kept - k + s) * LANES, count.to(tl.int64) * 0 + FAR, mask=few)
     return count == k
 
 
