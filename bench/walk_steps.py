@@ -22,7 +22,8 @@ import point_sets  # noqa: E402  one list of hostile sets for tests and benchmar
 
 STEP, THIN, MOVE, BATCH = 100, 325, 100, 750
 SETS = ("uniform", "normal", "clusters", "outliers", "line 0", "line 2", "circle", "diagonal", "lattice",
-        "256 positions", "half identical", "two rows", "sorted", "underflowing", "narrow clusters", "narrow middle")  # fmt: skip
+        "256 positions", "half identical", "two rows", "sorted", "underflowing", "narrow clusters",
+        "narrow middle")  # fmt: skip
 
 
 def points(name: str, n: int, D: int) -> torch.Tensor:

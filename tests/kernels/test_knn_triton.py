@@ -133,7 +133,7 @@ def test_the_order_does_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_zeros_among_the_first_points(causal, monkeypatch):
-    """Some queries find k points at distance zero there, others must walk, and lists are longer than the first points."""
+    """Some queries find k points at distance zero there, others must walk."""
     if INTERPRETED:
         monkeypatch.setattr(lists, "LANES", 16)
     monkeypatch.setattr(tree, "FIRST", 16 if INTERPRETED else 256)

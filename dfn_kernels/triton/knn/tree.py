@@ -1,8 +1,9 @@
 """Points in the order of a Hilbert curve, in boxes: LEAF points a leaf, FAN leaves a node, FAN nodes a branch.
 
 1. A frame for each batch: where the middle 80 % of a sample lie, with one scale for all axes.
-2. Every point gets a key: segment | is it usable? | its place on the curve; from three dimensions on a second word tells
-   places apart that the first cannot. A radix sort for each word. Points of one key stay in the order of their indices.
+2. Every point gets a key: segment | is it usable? | its place on the curve; from three dimensions on a second word
+   tells places apart that the first cannot. A radix sort for each word. Points of one key stay in the order of their
+   indices.
 3. Points are packed in this order, and every box gets its edges and the lowest index in it.
 
 The order decides how fast a search is, never what it finds. Shapes depend on sizes alone; nothing waits for the device.
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .rows import rows_at, wide
 
 LEAF = 16
 FAN = 32
@@ -97,57 +100,7 @@ class Tree:
     # one inf, -inf and 2^31 - 1
 
 
-@triton.constexpr_function
-def wide(n):
-    """Numbers in a row of n: rows are as wide as a few loads of 16 bytes."""
-    return 1 << (n - 1).bit_length()
-
-
-@triton.constexpr_function
-def log2(n):
-    return n.bit_length() - 1
-
-
 # ---- kernels --------------------------------------------------------------------------------------------------------
-@triton.jit
-def _columns(x, R: tl.constexpr, W: tl.constexpr):
-    """Of x [R, W], a tuple."""
-    parts = (x,)
-    for s in tl.static_range(log2(W)):
-        even, odd = (), ()
-        for e in tl.static_range(1 << s):
-            a, b = tl.split(tl.reshape(parts[e], (R, W >> (s + 1), 2)))
-            even = even + (a,)
-            odd = odd + (b,)
-        parts = even + odd
-    out = ()
-    for e in tl.static_range(W):
-        out = out + (tl.reshape(parts[e], (R,)),)
-    return out
-
-
-@triton.jit
-def same_row(ROW, R: tl.constexpr, W: tl.constexpr):
-    """The W numbers at ROW, a tuple, for all R lanes. 16 bytes at a time, so that a lane has all of them."""
-    PART: tl.constexpr = min(W, 4)
-    out = ()
-    for start in tl.static_range(0, W, PART):
-        to = tl.broadcast_to(start + tl.arange(0, PART)[None, :], (R, PART))
-        out = out + _columns(tl.load(ROW + to), R, PART)
-    return out
-
-
-@triton.jit
-def rows_at(TABLE, at, mask, R: tl.constexpr, W: tl.constexpr):
-    """The rows of a table at [R], a tuple of columns."""
-    PART: tl.constexpr = min(W, 4)
-    out = ()
-    for start in tl.static_range(0, W, PART):
-        to = at.to(tl.int64)[:, None] * W + start + tl.arange(0, PART)[None, :]
-        out = out + _columns(tl.load(TABLE + to, mask=mask[:, None], other=0), R, PART)
-    return out
-
-
 @triton.jit
 def level_of_slot(u, C, L):
     """Which prefix the slots u of a batch belong to, and its first slot."""

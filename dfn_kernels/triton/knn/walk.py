@@ -16,7 +16,8 @@ from torch import Tensor
 from . import lists
 from . import tree as trees
 from .lists import FAR, forget, merge_list, nearest_of_nothing, thin, write, write_nothing
-from .tree import JIT, Tree, level_of_query, rows_at, same_row, wide
+from .rows import rows_at, same_row, wide
+from .tree import JIT, Tree, level_of_query
 
 GROUP = 8  # points loaded at a time
 
@@ -62,13 +63,14 @@ def sq_dist(point, q, D: tl.constexpr):
 
 @triton.jit
 def zeros_first(
-    FIRSTS, BEST, q, limit, skip, lacking, scale, k, kept, firsts, D: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr
+    FIRSTS, BEST, q, limit, skip, lacking, scale, k, kept, firsts,
+    D: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Where squares of differences round to zero for any two points of a large share of all pairs, the neighbours are
     the first points at distance zero. Those of each lane among the first points; the lanes that have k of them.
     """
     expected = k + 0.0  # how many points it takes to find them
-    for a in tl.static_range(D):
+    for _ in tl.static_range(D):
         expected *= tl.maximum(tl.minimum(scale, 1e-19) * 4.7e22, 1.0)  # 1.25 / 2^-75, whose square rounds to zero
     count = tl.zeros_like(limit)
     start = tl.where(expected * 2.0 < firsts, 0, firsts)
@@ -137,12 +139,11 @@ def walk_kernel(
             m = segment % L
             begin = ((segment // L) * slots + 2 * C - ((2 * C) >> m)) // LEAF
             end = begin + (C >> m) // LEAF
-            set_of = segment // L
-            scale = tl.load(FRAME + set_of.to(tl.int64) * (D + 1) + D)
+            batch = (segment // L).to(tl.int64)
+            scale = tl.load(FRAME + batch * (D + 1) + D)
             forget(BEST, start, kept, k, LANES)
-            done = zeros_first(
-                FIRSTS + set_of.to(tl.int64) * firsts * POINT, BEST, q, limit, skip, active, scale, k, kept, firsts, D, GROUP, LANES
-            )
+            among = FIRSTS + batch * firsts * POINT
+            done = zeros_first(among, BEST, q, limit, skip, active, scale, k, kept, firsts, D, GROUP, LANES)
             walks = active & (done == 0)
             low, high = (), ()
             for a in tl.static_range(D):
@@ -281,7 +282,8 @@ def search(
         B * M, M, layout.slots, layout.nodes, layout.branches, layout.C, layout.levels, k, kept, layout.firsts,
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
-        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=min(GROUP, trees.LEAF), CAP=CAP, LANES=lists.LANES,
+        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=min(GROUP, trees.LEAF),
+        CAP=CAP, LANES=lists.LANES,
         **lists.options(registers(D)),
     )  # fmt: skip
     return indices, sq_dists
