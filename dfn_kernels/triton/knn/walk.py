@@ -259,7 +259,7 @@ def seeds(k: int) -> int:
 
 
 def registers(D: int) -> int:
-    return 144 if D <= 3 else 192
+    return 168 if D <= 3 else 192
 
 
 def search(
