@@ -24,7 +24,7 @@ SAMPLE = 1024
 EARLY = 1024  # causal: prefixes are halved down to about this many points
 MIDDLE = 2.0  # the frame's scale as far as this many half widths of the sample's middle; beyond it logarithms
 REACH = 16.0  # where the frame ends
-FIRST = 1024  # so many points of a batch are kept in the order of their indices, too
+FIRST = 4096  # so many points of a batch are kept in the order of their indices, too
 JIT = {"do_not_specialize": [
     "N", "M", "k", "B", "rows", "queries", "total", "slots", "pitch", "nodes", "branches", "C", "L", "bits", "items",
     "slices", "size", "causal", "include_self", "kept", "around", "fine", "firsts",
