@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 import os
 import sys
 import time
@@ -17,9 +16,10 @@ from .models.layers import count_parameters
 from .pictures.drift import drift
 from .pictures.training import loss_curve
 from .runs.bits import CONTEXT, JUDGED, STRIDE, continue_prompt, held_out_bits, judged, table_of_bits, text_baselines
+from .runs.needed import check_installed
 from .runs.threads import fast_threads
 from .training.text import batches, load_corpus
-from .training.trainer import History, NonFiniteLoss, Trainer
+from .training.trainer import History, Trainer
 
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
@@ -27,27 +27,25 @@ LENGTH, BATCH = 128, 16
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
 
-def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None = None) -> int:
+def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None = None,
+         prog: str = "python -m dfn.demo") -> int:  # fmt: skip
     """Runs the demo: 0, or 1 for a failure. ``kernel_table`` makes what the report says of the kernels, in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m dfn.demo", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
     parser.add_argument("--text", help="file or folder of text (default: the sources of the Python standard library)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_report"), help="where the report goes (default: %(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long to train (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and prompt (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"dfn.demo: needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'", file=sys.stderr)
-        return 1
     threads = torch.get_num_threads()
     try:
+        check_installed("matplotlib", "tqdm")
         run(arguments.text, arguments.out, arguments.minutes, arguments.seed, kernel_table)
-    except (ValueError, OSError, NonFiniteLoss) as error:
-        print(f"dfn.demo: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     finally:
         torch.set_num_threads(threads)

@@ -330,8 +330,11 @@ class Trainer:
                     bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
                 if evaluate and (self.progress >= due or self.progress >= 1):
                     due = self._next_point(evaluations)
+                    if bar:
+                        bar.judging(True)
                     history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
                     if bar:
+                        bar.judging(False)
                         bar.held_out = history.evaluated[-1][2]
                 if after_step:
                     after_step(history)
