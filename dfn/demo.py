@@ -27,9 +27,13 @@ LENGTH, BATCH = 128, 16
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
 
-def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None = None,
-         prog: str = "python -m dfn.demo") -> int:  # fmt: skip
-    """Runs the demo: 0, or 1 for a failure. ``kernel_table`` makes what the report says of the kernels, in Markdown."""
+def main(
+    argv: list[str] | None = None, kernel_table: Callable[[Path], str] | None = None, prog: str = "python -m dfn.demo"
+) -> int:
+    """Runs the demo: 0, or 1 for a failure.
+
+    ``kernel_table`` gives what the report says of the kernels, in Markdown; what more it has goes into the folder.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
     parser.add_argument("--text", help="file or folder of text (default: the sources of the Python standard library)")
     parser.add_argument(
@@ -52,11 +56,13 @@ def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None =
     return 0
 
 
-def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Callable[[], str] | None = None) -> dict:
+def run(
+    text: str | None, out: Path, minutes: float, seed: int, kernel_table: Callable[[Path], str] | None = None
+) -> dict:
     """The whole demo; returns the figures of the report."""
     out.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(text)
-    print(corpus.summary())
+    print(f"data: {corpus.summary()}")
     length = min(LENGTH, len(corpus.train) - 1)
     autocast = fast_dtype()
     torch.manual_seed(seed)
@@ -65,8 +71,8 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     torch.set_num_threads(threads_for(model, corpus.train, length, autocast))
     ran_on = machine(autocast)
     print(
-        f"DFNLanguageModel: {count_parameters(model):,} parameters, {MODEL['layers']} layers, {MODEL['heads']} heads, "
-        f"{MODEL['k']} neighbours; {ran_on}"
+        f"model: DFNLanguageModel, {count_parameters(model):,} parameters, {MODEL['layers']} layers, "
+        f"{MODEL['heads']} heads, {MODEL['k']} neighbours; {ran_on}"
     )
 
     trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
@@ -75,7 +81,7 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
     history = trainer.fit(stream, evaluate=lambda: held_out_bits(model, glance, autocast))
     held_out = judged(corpus.held_out)
-    print(f"judging on {len(held_out):,} of {len(corpus.held_out):,} held-out bytes ...", flush=True)
+    print(f"judging on {len(held_out):,} of {len(corpus.held_out):,} held-out bytes", flush=True)
     figures = {"model": held_out_bits(model, held_out, autocast, progress=True)}
     figures |= text_baselines(corpus.train, held_out, progress=True)
     print("\nbits per byte on the same held-out bytes (less is better)\n" + "\n".join(table_of_bits(figures)) + "\n")
@@ -93,11 +99,11 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     report(*facts, kernels=None)
     torch.set_num_threads(threads)  # the kernels get what the machine has
     if kernel_table:
-        kernels = kernel_table()
+        print("\nmeasuring the kernels beside what one could use instead", flush=True)
+        kernels = kernel_table(out)
         print("\n" + kernels)
-        (out / "kernels.md").write_text(kernels, encoding="utf-8")
         report(*facts, kernels=kernels)
-    print(f"\nreport: {out / 'report.md'}")
+    print(f"\nwritten to {out}: report.md, which shows all of this, and its pictures")
     return figures
 
 

@@ -18,8 +18,9 @@ from dfn_kernels._native import cpu_name
 
 from ..models.layers import count_parameters
 from ..training import checkpoints
+from ..training.batches import rows
 from ..training.checkpoints import Checkpoint, CheckpointError
-from ..training.trainer import History, NonFiniteLoss, Trainer, rows
+from ..training.trainer import History, NonFiniteLoss, Trainer
 from .options import SHAPE, Options, UsageError
 from .stopping import Interruption, Stopped
 from .tasks import KINDS, Task

@@ -13,9 +13,10 @@ from ..fields.sampler import Entities
 from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.memory import MemoryState
+from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus, packed_batches
-from ..training.trainer import language_model_loss, map_tensors
+from ..training.trainer import language_model_loss
 from . import bits, digits, joint
 from .crops import FREQUENCIES, channels_of, load_crops, mean_error, sampler_of
 from .options import KINDS, Options, UsageError

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
+from .memory import peak_memory
 
 T = TypeVar("T")
 
@@ -86,14 +86,3 @@ class TrainingBar:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
