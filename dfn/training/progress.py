@@ -82,7 +82,7 @@ class TrainingBar:
 
     def judging(self, begins: bool) -> None:
         """Says so while the held-out data is looked at; a log file, which wants few lines, is spared it."""
-        self.bar.set_description("judging" if begins else "training", refresh=sys.stderr.isatty())
+        self.bar.set_description_str("judging" if begins else "training", refresh=sys.stderr.isatty())
 
     def close(self) -> None:
         self.bar.close()
