@@ -227,7 +227,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         figures = run.judge(True, warn)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            warn("trains a model to judge, and does not keep it (--run DIR judges one that is kept)")
+            warn("trains a model to judge, in a folder that is gone afterwards (--run DIR judges one that is kept)")
             run = runs.train(Options.of(arguments.what, **given), Path(folder), evaluations=0, say=warn)
             figures = run.judge(True, warn)
     if arguments.json:
