@@ -20,7 +20,7 @@ COLUMNS = ("case", "who", "mode", "ms", "goal, ms", "best peer / it", "MiB", "GB
 def measure_all(cases: Iterable[Case], after_each: Callable[[list[Row]], object] = len, **options) -> list[Row]:
     """All rows; `after_each` case it is given those so far, so that what was measured is not lost."""
     rows: list[Row] = []
-    with tqdm(list(cases), desc="bench", unit="case") as bar:
+    with tqdm(list(cases), desc="measuring", unit=" cases") as bar:
         for case in bar:
             bar.set_postfix_str(case.words)
             rows += run_case(case, **options)
