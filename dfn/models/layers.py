@@ -28,6 +28,9 @@ def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: st
         raise ValueError(f"{owner}: {name} must be a multiple of heads, got {dim} and {heads}")
 
 
+LOUDEST = 8.0  # the largest logarithm of a learned influence
+
+
 class FlowNorm(nn.Module):
     """``FlowNorm(s_i) = s_i / sqrt(E[|f|^2] + eps)``: states divided by the root of their mean flow energy.
 
@@ -87,7 +90,7 @@ class DFNLayer(nn.Module):
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        moving, weight, bias = operands(self.flow, states)
+        moving, (weight,), (bias,) = operands(states, self.flow)
         context, drift, _ = flow_attention(
             moving, positions, weight, self.value(states), self.sigma, self.k, flow_bias=bias,
             alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
@@ -168,25 +171,29 @@ class DynamicFlowAttention(nn.Module):
     """The drift and the reading of a block: ``H`` heads, each with positions, a flow and a width of its own.
 
     For every head ``f_i = W_f s_i + b_f``, ``p_i' = p_i + alpha f_i``, and entity i looks around
-    ``q_i = p_i' + o``, where o is the head's learned receiver offset. It reads the mean of the values
-    ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``. The
-    heads' step lengths alpha and widths sigma are learned.
+    ``q_i = p_i' + alpha W_r s_i + o``: what a receiver looks for follows from its state, and o is the head's learned
+    offset. It reads the mean of the values ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by
+    ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``, where an entity's influence ``w_j = exp(u s_j)`` (times the one given)
+    is learned, too. The heads' step lengths alpha and widths sigma are learned. W_r and u are 0 at the start, and
+    where an older checkpoint does not have them.
 
     For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so;
-    without ``normalize`` it reads the weighted sum instead of the mean. Without ``bias`` there are no b_f and b_v;
-    ``semantic`` as in `recommended_heads`; ``sigma`` multiplies the widths at the start.
+    without ``receiver_flow`` there is no W_r, without ``salience`` no u; without ``normalize`` it reads the weighted
+    sum instead of the mean. Without ``bias`` there are no b_f and b_v; ``semantic`` as in `recommended_heads`;
+    ``sigma`` multiplies the widths at the start.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
     ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
     to everybody; its positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass
-    through W_v.
+    through W_v and u.
     """
 
     undecayed = ("offset",)  # see `Trainer`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 flow: bool = True, receiver_drift: bool = True, normalize: bool = True, bias: bool = True,
-                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
+                 flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True, salience: bool = True,
+                 normalize: bool = True, bias: bool = True, semantic: int | None = None,
+                 sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DynamicFlowAttention", dim, heads, pos_dim, k)
         self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
@@ -195,9 +202,14 @@ class DynamicFlowAttention(nn.Module):
         self.normalize, start = normalize, recommended_heads(heads, semantic)
         self.flow = nn.Linear(dim, heads * pos_dim, bias=bias)
         self.value = nn.Linear(dim, dim, bias=bias)
+        self.receiver = nn.Linear(dim, heads * pos_dim, bias=False) if receiver_flow else None
+        self.salience = nn.Linear(dim, heads, bias=False) if salience else None
         self.alpha = nn.Parameter(torch.tensor(start.alpha))
         self.log_sigma = nn.Parameter((sigma * torch.tensor(start.sigma)).log())
         self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
+        for linear in filter(None, (self.receiver, self.salience)):
+            nn.init.zeros_(linear.weight)
+        self.register_load_state_dict_pre_hook(with_what_came_later)
         for p in [*([] if flow else self.flow.parameters()), *([] if receiver_drift else [self.offset])]:
             nn.init.zeros_(p).requires_grad_(False)
 
@@ -207,13 +219,27 @@ class DynamicFlowAttention(nn.Module):
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
-        moving, weight, bias = operands(self.flow, states)
+        moving, weights, (bias, *_) = operands(states, *filter(None, (self.flow, self.receiver)))
+        weight, *receiver = (w.view(H, D, -1) for w in weights)
         context, drift, _ = flow_attention(
-            moving, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(), self.k,
-            flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
-            influence=influence, causal=self.causal, lengths=lengths, normalize=self.normalize, ptr=ptr, **extra,
+            moving, positions, weight, self.split(self.value(states)), self.log_sigma.exp(), self.k,
+            flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha,
+            query_weight=receiver[0] if receiver else None, query_bias=self.offset,
+            influence=self.influence(states, influence), causal=self.causal, lengths=lengths,
+            normalize=self.normalize, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
+
+    def influence(self, states: Tensor, given: Tensor | None = None) -> Tensor | None:
+        """What entities weigh, ``given [B, N]`` times ``exp(u s)``: ``[B, H, N]``; without u the given influence."""
+        if self.salience is None:
+            return given
+        learned = self.log_influence(states).exp().transpose(1, 2)
+        return learned if given is None else learned * given.to(learned.dtype)[:, None]
+
+    def log_influence(self, states: Tensor) -> Tensor:
+        """``u s``, held between -8 and 8: ``[.., d] -> [.., H]``."""
+        return applied(self.salience, states).clamp(-LOUDEST, LOUDEST)
 
     def split(self, values: Tensor) -> Tensor:
         """``[B, N, d] -> [B, H, N, d / H]``, a view."""
@@ -221,14 +247,26 @@ class DynamicFlowAttention(nn.Module):
 
     def entities(self, memory: MemoryState) -> dict[str, Tensor]:
         """A memory as the extra entities of `flow_attention`."""
+        states = memory.states.to(dtype_of(self.value))
+        influence = self.influence(states, memory.influence)
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states.to(dtype_of(self.value)))),
-            extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
+            extra_values=self.split(self.value(states)),
+            extra_influence=influence if influence.ndim == 3 else influence[:, None].expand(-1, self.heads, -1),
         )
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
+
+
+def with_what_came_later(attention: DynamicFlowAttention, state: dict, prefix: str, *_) -> None:
+    """A checkpoint from before there were W_r and u: it is the same model with zeros there."""
+    if prefix + "offset" not in state:
+        return
+    for name in ("receiver", "salience"):
+        linear = getattr(attention, name)
+        if isinstance(linear, nn.Linear) and not any(key.startswith(f"{prefix}{name}.") for key in state):
+            state[f"{prefix}{name}.weight"] = torch.zeros_like(linear.weight)
 
 
 class DFNBlock(nn.Module):
@@ -243,8 +281,9 @@ class DFNBlock(nn.Module):
         k: neighbours that a head reads from.
         causal: an entity reads only from itself and earlier ones; no later entity changes a bit of an earlier output.
         norm_eps: eps of FlowNorm.
-        flow, receiver_drift, flow_norm: False switches off the drift of the entities, the receiver's offset (see
-            `DynamicFlowAttention`), or FlowNorm, to see what they are worth.
+        flow, receiver_drift, receiver_flow, salience, flow_norm: False switches off the drift of the entities, the
+            receiver's offset or its flow, the learned influence (see `DynamicFlowAttention`), or FlowNorm, to see what
+            they are worth.
         mlp: "gelu", 2 d wide, or "swiglu" of as many weights. norm: "layer" or "rms". bias: of all linear maps and the
             LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
             at the start. dropout: the share of what is added that is left out in training.
@@ -258,10 +297,10 @@ class DFNBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, flow_norm: bool = True,
-                 normalize: bool = True, mlp: str = "gelu", norm: str = "layer", bias: bool = True,
-                 output_scale: float = 1.0, dropout: float = 0.0, semantic: int | None = None,
-                 sigma: float = 1.0):  # fmt: skip
+                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True,
+                 salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "gelu",
+                 norm: str = "layer", bias: bool = True, output_scale: float = 1.0, dropout: float = 0.0,
+                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
         for name, value, known in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("layer", "rms"))):
@@ -269,8 +308,9 @@ class DFNBlock(nn.Module):
                 raise ValueError(f"DFNBlock: {name} must be one of {', '.join(known)}, got {value!r}")
         self.norm = make_norm(norm, dim, bias)
         self.attention = DynamicFlowAttention(
-            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift, normalize=normalize,
-            bias=bias, semantic=semantic, sigma=sigma,
+            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift,
+            receiver_flow=receiver_flow, salience=salience, normalize=normalize, bias=bias, semantic=semantic,
+            sigma=sigma,
         )  # fmt: skip
         self.out = nn.Linear(dim, dim, bias=False)
         if mlp == "gelu":
