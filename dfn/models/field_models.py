@@ -10,7 +10,7 @@ from dfn_kernels._checks import are_sizes
 from ..fields.field import Field, TextField
 from ..fields.sampler import Entities, UniformSampler
 from ..training.losses import MeanStateHead, contrastive, field_reconstruction, mean_state
-from .layers import DFNBlock, check_shape, recommended_heads
+from .layers import FIRST_BLOCK, DFNBlock, check_shape, recommended_heads
 from .linears import dtype_of
 
 
@@ -68,7 +68,8 @@ class DFNFieldModel(nn.Module):
         self.where = nn.ModuleDict({kind: nn.Linear(2 * pos_dim, dim, bias=False) for kind in channels})
         self.masked = nn.ParameterDict({kind: nn.Parameter(0.02 * torch.randn(dim)) for kind in channels})
         self.positions = FieldPositions(dim, heads, pos_dim)
-        self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k) for _ in range(layers))
+        # What won on text has not been tried on fields.
+        self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, **FIRST_BLOCK) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.values = nn.ModuleDict({kind: nn.Linear(dim, c) for kind, c in channels.items()})
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))

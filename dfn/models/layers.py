@@ -30,6 +30,9 @@ def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: st
 
 LOUDEST = 8.0  # the largest logarithm of a learned influence
 
+# Options of the block that was the default of language models until November 2026, and is that of field models.
+FIRST_BLOCK = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, receiver_flow=False, salience=False)
+
 
 class FlowNorm(nn.Module):
     """``FlowNorm(s_i) = s_i / sqrt(E[|f|^2] + eps)``: states divided by the root of their mean flow energy.
@@ -174,7 +177,7 @@ class DynamicFlowAttention(nn.Module):
     ``q_i = p_i' + alpha W_r s_i + o``: what a receiver looks for follows from its state, and o is the head's learned
     offset. It reads the mean of the values ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by
     ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``, where an entity's influence ``w_j = exp(u s_j)`` (times the one given)
-    is learned, too. The heads' step lengths alpha and widths sigma are learned. W_r and u are 0 at the start, and
+    is learned, too. The heads' step lengths alpha and widths sigma are learned. W_r and u are small at the start, and 0
     where an older checkpoint does not have them.
 
     For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so;
@@ -207,8 +210,9 @@ class DynamicFlowAttention(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(start.alpha))
         self.log_sigma = nn.Parameter((sigma * torch.tensor(start.sigma)).log())
         self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
-        for linear in filter(None, (self.receiver, self.salience)):
-            nn.init.zeros_(linear.weight)
+        with torch.no_grad():  # near 0, not 0: a weight norm divides by their length
+            for linear in filter(None, (self.receiver, self.salience)):
+                linear.weight *= 0.1
         self.register_load_state_dict_pre_hook(with_what_came_later)
         for p in [*([] if flow else self.flow.parameters()), *([] if receiver_drift else [self.offset])]:
             nn.init.zeros_(p).requires_grad_(False)
@@ -270,7 +274,7 @@ def with_what_came_later(attention: DynamicFlowAttention, state: dict, prefix: s
 
 
 class DFNBlock(nn.Module):
-    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = LayerNorm(x)``.
+    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = RMSNorm(x)``.
 
     y is what `DynamicFlowAttention` reads for s. Two paths lead from y to the output: a linear one, without which
     associative recall fails, and the MLP, which FlowNorm scales by the energy of the flow, summed over the heads
@@ -284,7 +288,7 @@ class DFNBlock(nn.Module):
         flow, receiver_drift, receiver_flow, salience, flow_norm: False switches off the drift of the entities, the
             receiver's offset or its flow, the learned influence (see `DynamicFlowAttention`), or FlowNorm, to see what
             they are worth.
-        mlp: "gelu", 2 d wide, or "swiglu" of as many weights. norm: "layer" or "rms". bias: of all linear maps and the
+        mlp: "swiglu", or "gelu", 2 d wide and of as many weights. norm: "rms" or "layer". bias: of all linear maps and the
             LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
             at the start. dropout: the share of what is added that is left out in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
@@ -298,8 +302,8 @@ class DFNBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
                  norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True,
-                 salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "gelu",
-                 norm: str = "layer", bias: bool = True, output_scale: float = 1.0, dropout: float = 0.0,
+                 salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "swiglu",
+                 norm: str = "rms", bias: bool = False, output_scale: float = 1.0, dropout: float = 0.0,
                  semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
