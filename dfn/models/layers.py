@@ -288,8 +288,8 @@ class DFNBlock(nn.Module):
         flow, receiver_drift, receiver_flow, salience, flow_norm: False switches off the drift of the entities, the
             receiver's offset or its flow, the learned influence (see `DynamicFlowAttention`), or FlowNorm, to see what
             they are worth.
-        mlp: "swiglu", or "gelu", 2 d wide and of as many weights. norm: "rms" or "layer". bias: of all linear maps and the
-            LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
+        mlp: "swiglu", or "gelu", 2 d wide and of as many weights. norm: "rms" or "layer". bias: of all linear maps and
+            the LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
             at the start. dropout: the share of what is added that is left out in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
 
