@@ -143,7 +143,7 @@ class EntityPositions(nn.Module):
     column).
     """
 
-    undecayed = ("place.weight",)  # see `Trainer`
+    undecayed, geometry = ("place.weight",), ("log_scale",)  # see `parameter_groups`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None,
                  grid: tuple[int, ...] | None = None):  # fmt: skip
@@ -204,7 +204,7 @@ class DynamicFlowAttention(nn.Module):
     through W_v.
     """
 
-    undecayed = ("offset",)  # see `Trainer`
+    undecayed, geometry = ("offset",), ("offset", "log_sigma", "alpha")  # see `parameter_groups`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
                  flow: bool = True, receiver_drift: bool = True, normalize: bool = True, bias: bool = True,

@@ -5,6 +5,7 @@ Both tasks are small: what counts is the difference between lines. The pictures 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,16 @@ from ..models.layers import DynamicFlowAttention, FlowMixer
 from ..runs.digits import digits
 from ..runs.options import Options
 from ..runs.tasks import Task
+from ..training.checkpoints import write_whole
 from ..training.losses import language_modelling
+from . import one_head
 from .cells import Study, asked, markdown, options_of, positive, spread, where
 
 TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known"}
+HEAD_STEPS = 1500
 DIGITS = dict(steps=440, batch=16, dim=32, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50)
-COPY = dict(steps=500, batch=16, dim=32, layers=1, heads=4, pos_dim=3, k=16, lr=3e-3, warmup=50, length=17)
-SYMBOLS = 32  # of the copy
+COPY = dict(steps=500, batch=32, dim=32, layers=1, heads=4, pos_dim=3, k=16, lr=3e-3, warmup=50, length=12)
+SYMBOLS = 16  # of the copy
 GRID = (8, 8)
 
 
@@ -194,28 +198,33 @@ LINES: dict[str, dict[str, tuple[str, dict]]] = {
         "receiver": ("the receiving side drifts by a map of its own", dict(change=own_receiver)),
         "receiver-k64": ("that, k = 64", dict(change=own_receiver, k=64)),
         "receiver-grid": ("that, grid", dict(change=own_receiver, grid=GRID)),
+        "geometry": ("the heads' geometry learns 10 times as fast", dict(geometry_rate=10.0)),
+        "grid-geometry": ("that, grid", dict(grid=GRID, geometry_rate=10.0)),
         "slow": ("learning rate 3e-3", dict(lr=3e-3)),
         "attention-slow": ("self-attention, learning rate 3e-3", dict(attention=True, lr=3e-3)),
     },
     "copy": {
-        "copy": ("17 symbols, k = 16", {}),
-        "near": ("16 symbols: one fewer", dict(length=16)),
-        "k17": ("k = 17: one more", dict(k=17)),
-        "k32": ("k = 32", dict(k=32)),
+        "copy": ("12 symbols", {}),
+        "geometry": ("the heads' geometry learns 10 times as fast", dict(geometry_rate=10.0)),
+        "geometry3": ("3 times as fast", dict(geometry_rate=3.0)),
         "fast": ("learning rate 6e-3", dict(lr=6e-3)),
-        "back": ("a head begins 16 back", dict(change=looks_back(16.0))),
+        "k32": ("k = 32", dict(k=32)),
         "positions": ("positions 10 times as far apart at the start", dict(change=scaled(positions=10))),
         "wide": ("twice the sigma at the start", dict(change=scaled(sigma=2))),
         "receiver": ("the receiving side drifts by a map of its own", dict(change=own_receiver)),
-        "deep": ("two layers", dict(layers=2)),
-        "unknown": ("8 to 16 symbols, two layers", dict(length=12, vary=4, layers=2)),
-        "unknown-receiver": ("that, an own map", dict(length=12, vary=4, layers=2, change=own_receiver)),
-        "unknown-k32": ("that, k = 32", dict(length=12, vary=4, layers=2, k=32)),
-        "unknown-receiver-k32": ("an own map, k = 32", dict(length=12, vary=4, layers=2, k=32, change=own_receiver)),
+        "far": ("17 symbols, one beyond the 16 that k = 16 sees", dict(length=17)),
+        "far-geometry": ("that, geometry 10 times", dict(length=17, geometry_rate=10.0)),
+        "far-k32": ("17 symbols, k = 32", dict(length=17, k=32)),
+        "far-k32-geometry": ("17 symbols, k = 32, geometry 10 times", dict(length=17, k=32, geometry_rate=10.0)),
+        "unknown": ("8 to 16 symbols, two layers", dict(vary=4, layers=2, geometry_rate=10.0)),
+        "unknown-receiver": (
+            "that, an own map",
+            dict(vary=4, layers=2, geometry_rate=10.0, change=own_receiver),
+        ),
     },
 }
 MAKES = {"digits": (Pixels, DIGITS), "copy": (Copies, COPY)}
-EVERY_LINE = sorted({f"{task}/{line}" for task, lines in LINES.items() for line in lines})
+EVERY_LINE = ["head/alone", *(f"{task}/{line}" for task, lines in LINES.items() for line in lines)]
 
 
 def heads_of(model: nn.Module) -> list[dict]:
@@ -234,7 +243,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/study-weak-spots"), help="a study in it goes on")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--steps", type=positive, help=f"default: {DIGITS['steps']} (digits), {COPY['steps']} (copy)")
+    steps = f"default: {HEAD_STEPS} (head), {DIGITS['steps']} (digits), {COPY['steps']} (copy)"
+    parser.add_argument("--steps", type=positive, help=steps)
+    parser.add_argument("--result", type=Path, help="write it there, too, without curves, a line for each run")
     parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -242,14 +253,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
-    settings = {task: {name: value for name, value in defaults.items()} for task, (_, defaults) in MAKES.items()}
-    study = Study("weak spots", arguments.out, {**asked(arguments, "lines"), "settings": settings}, evaluations=5,
-                  progress=not arguments.quiet)  # fmt: skip
+    settings = {task: defaults for task, (_, defaults) in MAKES.items()}
+    options = {**asked(arguments, "lines", "result"), "settings": settings}
+    study = Study("weak spots", arguments.out, options, evaluations=5, progress=not arguments.quiet)
     study.found["lines"] = {
         f"{task}/{line}": said for task, lines in LINES.items() for line, (said, _) in lines.items()
     }
 
     def compute(task: str, line: str, seed: int, folder: Path) -> dict:
+        if task == "head":
+            heads = one_head.one_head(arguments.steps or HEAD_STEPS, seed)
+            return dict(value=sum(h["loss"] < one_head.SOLVED for h in heads) / len(heads), heads=heads)
         make, defaults = MAKES[task]
         change = LINES[task][line][1]
         of_options = {name: value for name, value in change.items() if name in Options.__dataclass_fields__}
@@ -263,7 +277,18 @@ def run(arguments: argparse.Namespace) -> dict:
             for place in arguments.lines:
                 task, line = place.split("/")
                 study.cell(f"{place}/{seed}", lambda folder, a=(task, line, seed): compute(*a, folder))
+    if arguments.result:
+        write_whole(arguments.result, in_short(study.found).encode())
     return study.found
+
+
+def in_short(found: dict) -> str:
+    """JSON, a line for each run."""
+    cells = {key: {name: value for name, value in cell.items() if name != "curve"}
+             for key, cell in found["cells"].items()}  # fmt: skip
+    lines = (f"  {json.dumps(key)}: {json.dumps(cell)}" for key, cell in sorted(cells.items()))
+    head = json.dumps({name: value for name, value in found.items() if name != "cells"}, indent=1)
+    return head.removesuffix("\n}") + ',\n "cells": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def values_of(found: dict, place: str) -> list[float]:
@@ -273,9 +298,28 @@ def values_of(found: dict, place: str) -> list[float]:
     return [factor * cell["value"] for cell in cells.values() if cell.get("value") is not None]
 
 
+def head_table(found: dict) -> list[str]:
+    """Of `one_head`: how many of the heads, over the seeds, find the place."""
+    heads = [h for key, cell in found["cells"].items() if key.startswith("head/") for h in cell["heads"]]
+    if not heads:
+        return []
+    options = one_head.SETTINGS
+    columns = [(lr, rate) for lr in options["lr"] for rate in options["geometry_rate"]]
+    rows = []
+    for distance in options["distance"]:
+        for k in options["k"]:
+            of = [h for h in heads if (h["distance"], h["k"]) == (distance, k)]
+            found_by = [
+                [h["loss"] < one_head.SOLVED for h in of if (h["lr"], h["geometry_rate"]) == c] for c in columns
+            ]
+            rows.append([str(distance), str(k), *(f"{sum(f)} of {len(f)}" for f in found_by)])
+    said = f"One head alone: below {one_head.SOLVED} nats after {found['options']['steps'] or HEAD_STEPS} steps."
+    return [said, markdown(["places back", "k", *(f"{lr:g}, geometry x {rate}" for lr, rate in columns)], rows)]
+
+
 def table(found: dict) -> str:
     """Markdown: for each task its lines, mean and standard deviation of the seeds."""
-    parts = ["# Weak spots"]
+    parts = ["# Weak spots", *head_table(found)]
     for task, said in TASKS.items():
         rows = []
         for line, (of, _) in LINES[task].items():
