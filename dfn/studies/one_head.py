@@ -36,7 +36,7 @@ def one_head(steps: int, seed: int = 0) -> list[dict]:
         said = torch.randint(SYMBOLS, (BATCH, PLACES), generator=generator)
         log_scale, log_sigma, offset, beta = learned
         off = (log_scale.exp()[:, None] * back + offset[:, None]).square()
-        beyond = off.argsort(1, stable=True).argsort(1) >= k[:, None]
+        beyond = off.argsort(dim=1, stable=True).argsort(1) >= k[:, None]
         weights = (-off / (2 * log_sigma.exp()[:, None].square())).masked_fill(beyond, -torch.inf).softmax(1)
         read = torch.einsum("nl,blv->nbv", weights, one_hot(said, SYMBOLS).float())
         wanted = said[:, distance].T

@@ -5,7 +5,9 @@ Both tasks are small: what counts is the difference between lines. The pictures 
 """
 
 import argparse
+import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +20,21 @@ from dfn_kernels import Drift, flow_attention
 from ..models.language import DFNLanguageModel
 from ..models.layers import DynamicFlowAttention, FlowMixer
 from ..runs.digits import digits
-from ..runs.options import Options
-from ..runs.tasks import Task
+from ..runs.options import Options, UsageError
+from ..runs.tasks import Task, Text
 from ..training.checkpoints import write_whole
 from ..training.losses import language_modelling
+from ..training.text import Corpus, load_corpus
 from . import one_head
 from .cells import Study, asked, markdown, options_of, positive, spread, where
 
-TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known"}
+TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known",
+         "text": "text, bits per byte held out"}  # fmt: skip
 HEAD_STEPS = 1500
 DIGITS = dict(steps=440, batch=16, dim=32, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50)
 COPY = dict(steps=500, batch=32, dim=32, layers=1, heads=4, pos_dim=3, k=16, lr=3e-3, warmup=50, length=12)
+TEXT = dict(steps=300, batch=8, dim=48, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50, length=128)
+JUDGED = 32  # batches of text
 SYMBOLS = 16  # of the copy
 GRID = (8, 8)
 
@@ -179,6 +185,23 @@ class Copies(Task):
         return torch.stack(losses).mean().item()
 
 
+# ---- text: whether what helps there does harm here -------------------------------------------------------------------
+class Bytes(Text):
+    """``held_out_loss`` in bits."""
+
+    def __init__(self, options: Options, line: dict):
+        super().__init__(options)
+        self.corpus = sources()
+
+    def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
+        return super().held_out_loss(model, JUDGED) / math.log(2)
+
+
+@functools.cache
+def sources() -> Corpus:
+    return load_corpus(None)
+
+
 # ---- lines: what is said of them, and what they change ---------------------------------------------------------------
 LINES: dict[str, dict[str, tuple[str, dict]]] = {
     "digits": {
@@ -242,8 +265,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="default: all; they are " + ", ".join(EVERY_LINE))  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/study-weak-spots"), help="a study in it goes on")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="the first of them (default: 0)")
-    steps = f"default: {HEAD_STEPS} (head), {DIGITS['steps']} (digits), {COPY['steps']} (copy)"
+    steps = f"default: {HEAD_STEPS} (head), {DIGITS['steps']} (digits), {COPY['steps']} (copy), "
+    steps += f"{TEXT['steps']} (text)"
     parser.add_argument("--steps", type=positive, help=steps)
     parser.add_argument("--result", type=Path, help="write it there, too, without curves, a line for each run")
     parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
@@ -254,8 +277,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
     settings = {task: defaults for task, (_, defaults) in MAKES.items()}
-    options = {**asked(arguments, "lines", "result"), "settings": settings}
-    study = Study("weak spots", arguments.out, options, evaluations=5, progress=not arguments.quiet)
+    study = Study("weak spots", arguments.out, asked(arguments, "lines", "result"), evaluations=2,
+                  progress=not arguments.quiet)  # fmt: skip
+    if study.found.setdefault("settings", settings) != settings:
+        raise UsageError(f"{arguments.out} holds a study with other settings; another --out begins a new one")
     study.found["lines"] = {
         f"{task}/{line}": said for task, lines in LINES.items() for line, (said, _) in lines.items()
     }
@@ -273,7 +298,7 @@ def run(arguments: argparse.Namespace) -> dict:
         return {**cell, "heads": heads_of(trained.model)}
 
     with study.reported(table):
-        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        for seed in range(arguments.seeds):
             for place in arguments.lines:
                 task, line = place.split("/")
                 study.cell(f"{place}/{seed}", lambda folder, a=(task, line, seed): compute(*a, folder))
@@ -328,7 +353,7 @@ def table(found: dict) -> str:
                 rows.append([of, f"{mine[0]['parameters']:,}", str(len(values)),
                              spread(values, 1 if task == "digits" else 2)])  # fmt: skip
         if rows:
-            o = {**found["options"]["settings"][task]}
+            o = {**found["settings"][task]}
             o["steps"] = found["options"]["steps"] or o["steps"]
             shape = ", ".join(f"{name} {value:g}" for name, value in o.items())
             parts += [f"{said}. Each line changes one thing of: {shape}.",
