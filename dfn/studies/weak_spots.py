@@ -5,9 +5,7 @@ Both tasks are small: what counts is the difference between lines. The pictures 
 """
 
 import argparse
-import functools
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,20 +19,16 @@ from ..models.language import DFNLanguageModel
 from ..models.layers import DynamicFlowAttention, FlowMixer
 from ..runs.digits import digits
 from ..runs.options import Options, UsageError
-from ..runs.tasks import Task, Text
+from ..runs.tasks import Task
 from ..training.checkpoints import write_whole
 from ..training.losses import language_modelling
-from ..training.text import Corpus, load_corpus
 from . import one_head
 from .cells import Study, asked, markdown, options_of, positive, spread, where
 
-TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known",
-         "text": "text, bits per byte held out"}  # fmt: skip
+TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known"}
 HEAD_STEPS = 1500
 DIGITS = dict(steps=440, batch=16, dim=32, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50)
 COPY = dict(steps=500, batch=32, dim=32, layers=1, heads=4, pos_dim=3, k=16, lr=3e-3, warmup=50, length=12)
-TEXT = dict(steps=300, batch=8, dim=48, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50, length=128)
-JUDGED = 32  # batches of text
 SYMBOLS = 16  # of the copy
 GRID = (8, 8)
 
@@ -185,23 +179,6 @@ class Copies(Task):
         return torch.stack(losses).mean().item()
 
 
-# ---- text: whether what helps there does harm here -------------------------------------------------------------------
-class Bytes(Text):
-    """``held_out_loss`` in bits."""
-
-    def __init__(self, options: Options, line: dict):
-        super().__init__(options)
-        self.corpus = sources()
-
-    def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
-        return super().held_out_loss(model, JUDGED) / math.log(2)
-
-
-@functools.cache
-def sources() -> Corpus:
-    return load_corpus(None)
-
-
 # ---- lines: what is said of them, and what they change ---------------------------------------------------------------
 LINES: dict[str, dict[str, tuple[str, dict]]] = {
     "digits": {
@@ -265,8 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="default: all; they are " + ", ".join(EVERY_LINE))  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/study-weak-spots"), help="a study in it goes on")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: 3)")
-    steps = f"default: {HEAD_STEPS} (head), {DIGITS['steps']} (digits), {COPY['steps']} (copy), "
-    steps += f"{TEXT['steps']} (text)"
+    steps = f"default: {HEAD_STEPS} (head), {DIGITS['steps']} (digits), {COPY['steps']} (copy)"
     parser.add_argument("--steps", type=positive, help=steps)
     parser.add_argument("--result", type=Path, help="write it there, too, without curves, a line for each run")
     parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")

@@ -57,21 +57,20 @@ def test_study(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     pytest.importorskip("sklearn")
     monkeypatch.setattr(one_head, "SETTINGS", {name: values[:1] for name, values in one_head.SETTINGS.items()})
-    lines = ["head/alone", "digits/attention", "digits/receiver-grid", "copy/unknown-receiver", "text/geometry"]
-    monkeypatch.setattr(weak_spots, "JUDGED", 1)
+    lines = ["head/alone", "digits/attention", "digits/receiver-grid", "copy/unknown-receiver", "copy/far-k32"]
     command = ["--steps", "2", "--seeds", "2", "--quiet", "--out", str(tmp_path / "study"),
                "--result", str(tmp_path / "result.json")]  # fmt: skip
     for some in (lines[:3], lines):
         weak_spots.run(weak_spots.build_parser().parse_args([*command, "--lines", *some]))
     found, short = load(tmp_path / "study"), json.loads((tmp_path / "result.json").read_text())
     assert found["cells"].keys() == short["cells"].keys() == {f"{line}/{seed}" for line in lines for seed in (0, 1)}
-    assert "curve" not in short["cells"]["text/geometry/0"] and short["environments"] == found["environments"]
+    assert "curve" not in short["cells"]["copy/far-k32/0"] and short["environments"] == found["environments"]
     assert found["cells"]["digits/receiver-grid/0"]["heads"][1]["offset"][-1] == pytest.approx(-1, abs=0.05)
     told = (tmp_path / "study" / "study.md").read_text()
-    assert "self-attention |" in told and "bits" in told and "0 of 2" in told
+    assert "self-attention |" in told and "17 symbols, k = 32 |" in told and "0 of 2" in told
 
 
-@pytest.mark.parametrize("task", ["digits", "copy"])
+@pytest.mark.parametrize("task", weak_spots.LINES)
 def test_every_line_changes_the_run(task):
     pytest.importorskip("sklearn")
     make, defaults = weak_spots.MAKES[task]
