@@ -21,6 +21,8 @@ class FieldPositions(nn.Module):
     small linear map of its state. Coordinates that the field does not have are such a map in every head.
     """
 
+    geometry = ("log_scale",)  # see `parameter_groups`
+
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, scale: float = 4.0, std: float = 0.05):
         super().__init__()
         self.heads, self.pos_dim = heads, pos_dim

@@ -144,15 +144,21 @@ class EntityPositions(nn.Module):
 
     Positions are a linear map of the states, small at the start (standard deviation ``std``: large ones would swamp
     the flow). In temporal heads coordinate 0 is the entity's number in the sequence times the head's learned time
-    scale instead; semantic heads have no time.
+    scale instead; semantic heads have no time. With ``grid``, the sizes of a picture's axes, the entities are its cells
+    in row-major order: in place of time stands where a cell lies, a coordinate for each axis (``grid=(8, 8)``: row and
+    column).
     """
 
-    undecayed = ("place.weight",)  # see `Trainer`
+    undecayed, geometry = ("place.weight",), ("log_scale",)  # see `parameter_groups`
 
-    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None):
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None,
+                 grid: tuple[int, ...] | None = None):  # fmt: skip
         super().__init__()
         are_sizes("EntityPositions", dim=dim, heads=heads, pos_dim=pos_dim)
-        self.heads, self.pos_dim = heads, pos_dim
+        are_sizes("EntityPositions", **{f"grid[{axis}]": size for axis, size in enumerate(grid or ())})
+        if grid is not None and not 1 <= len(grid) <= pos_dim:
+            raise ValueError(f"EntityPositions: grid must have 1 to pos_dim = {pos_dim} axes, got {len(grid)}")
+        self.heads, self.pos_dim, self.grid = heads, pos_dim, None if grid is None else tuple(grid)
         scales = recommended_heads(heads, semantic).time_scale
         self.semantic = scales.count(0.0)  # the semantic heads come first
         self.place = nn.Linear(dim, heads * pos_dim)
@@ -160,14 +166,30 @@ class EntityPositions(nn.Module):
         nn.init.zeros_(self.place.bias)
         self.log_scale = nn.Parameter(torch.tensor(scales[self.semantic :]).log())  # [temporal heads]
 
-    def forward(self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None) -> Tensor:
-        """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``."""
+    def forward(
+        self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None, number: Tensor | None = None
+    ) -> Tensor:
+        """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``.
+
+        ``number``, int64 ``[B, N]``: the numbers of the entities instead, in any order.
+        """
         B, N, _ = states.shape
         places = applied(self.place, states).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
-        number = torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N)
-        time = self.log_scale.to(places.dtype).exp()[:, None] * (start + number)
-        first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
-        return torch.cat([first[..., None], places[..., 1:]], -1)
+        if number is None:
+            number = start + (torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N))
+        cells = self._cells(number)
+        time = self.log_scale.to(places.dtype).exp()[:, None, None] * cells.unsqueeze(-3)  # [(B,) heads, N, axes]
+        axes = cells.shape[-1]
+        first = torch.cat([places[:, : self.semantic, :, :axes], time.expand(B, -1, -1, -1)], 1)
+        return torch.cat([first, places[..., axes:]], -1)
+
+    def _cells(self, number: Tensor) -> Tensor:
+        """``[.., N] -> [.., N, axes]``: where the entities lie; along the first axis they may go on without end."""
+        cells = []
+        for size in reversed((self.grid or (1,))[1:]):
+            cells.append(number % size)
+            number = number // size
+        return torch.stack([number, *reversed(cells)], -1)
 
 
 class DynamicFlowAttention(nn.Module):
@@ -191,7 +213,7 @@ class DynamicFlowAttention(nn.Module):
     through W_v and u.
     """
 
-    undecayed = ("offset",)  # see `Trainer`
+    undecayed, geometry = ("offset",), ("offset", "log_sigma", "alpha")  # see `parameter_groups`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
                  flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True, salience: bool = True,
@@ -355,6 +377,11 @@ class FlowMixer(nn.Module):
     count as time, and its outputs are 0. ``ptr``, int64 ``[S + 1]``, instead of it: the offsets of S sequences packed
     along N, ascending from 0 to N. Each comes out as it would alone; time begins again with each.
 
+    ``grid``, for pictures: the sizes of the axes whose cells, row-major, are the N rows of x: neighbours are then those
+    in the picture, a padded cell leaves the others where they are, and with ``ptr`` a grid begins with each sequence.
+    Where something lies in the picture the mixer does not say: a classifier wants position embeddings added to x, as
+    with self-attention.
+
     It has the attributes and the call of `nn.MultiheadAttention` with ``batch_first=True``, so that it can be the
     ``self_attn`` of an `nn.TransformerEncoderLayer`, ::
 
@@ -368,11 +395,12 @@ class FlowMixer(nn.Module):
 
     batch_first, dropout, in_proj_bias, _qkv_same_embed_dim = True, 0.0, None, True  # asked for by those modules
 
-    def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3):
+    def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3,
+                 grid: tuple[int, ...] | None = None):  # fmt: skip
         super().__init__()
         check_shape("FlowMixer", d_model, heads, pos_dim, k, "d_model")
         self.embed_dim, self.num_heads = d_model, heads
-        self.positions = EntityPositions(d_model, heads, pos_dim)
+        self.positions = EntityPositions(d_model, heads, pos_dim, grid=grid)
         self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -410,6 +438,9 @@ class FlowMixer(nn.Module):
             raise ValueError(f"FlowMixer: attn_mask must be causal, [N, N] with N = {N}, got {list(attn_mask.shape)}")
 
     def _mix(self, x: Tensor, key_padding_mask: Tensor | None, ptr: Tensor | None) -> Tensor:
+        grid = self.positions.grid
+        if grid is not None and ptr is None and x.shape[1] != math.prod(grid):
+            raise ValueError(f"FlowMixer: x must have the {math.prod(grid)} cells of grid {grid}, got {x.shape[1]}")
         if key_padding_mask is None:
             return self.out(self.attention(x, self.positions(x, ptr=ptr), ptr=ptr)[0])
         if ptr is not None:
@@ -420,10 +451,11 @@ class FlowMixer(nn.Module):
             want, got = list(x.shape[:2]), list(key_padding_mask.shape)
             raise ValueError(f"FlowMixer: key_padding_mask must have shape {want}, got {got}")
         # Entities first, padding last, each in its order: the ops know padding as a length.
-        order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
-        lengths = (~key_padding_mask).sum(1)
+        first = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order, lengths = first[..., None].expand_as(x), (~key_padding_mask).sum(1)
         x = x.masked_fill(key_padding_mask[..., None], 0.0).gather(1, order)
-        y = self.out(self.attention(x, self.positions(x), None, lengths)[0])
+        places = self.positions(x, number=None if grid is None else first)
+        y = self.out(self.attention(x, places, None, lengths)[0])
         return torch.zeros_like(y).scatter(1, order, y)
 
 

@@ -48,6 +48,7 @@ class Options:
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps over which it rises", 0)
     weight_decay: float = option(0.01, "of the matrices", 0)
+    geometry_rate: float = option(1.0, "step length of the heads' widths, offsets and time scales, times lr", 1e-3)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
     keep: str = option("last", "the weights to end with: the last, or the best held out", choices=("last", "best"))
