@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dfn_kernels import Drift, flow_attention
-
 from ..models.language import DFNLanguageModel
 from ..models.layers import DynamicFlowAttention, FlowMixer
 from ..runs.digits import digits
@@ -34,29 +32,10 @@ GRID = (8, 8)
 
 
 # ---- what a line changes in a mixer or a block's attention -----------------------------------------------------------
-class OwnReceiver(DynamicFlowAttention):
-    """The receiving side has a map of its own, ``q_i = p_i + alpha (W_q s_i + b_f) + o``; W_q starts as W_f."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.query = nn.Parameter(self.flow.weight.detach().clone())
-
-    def forward(self, states, positions, influence=None, lengths=None, memory=None, ptr=None) -> tuple[Tensor, Drift]:
-        shape, alpha = (self.heads, self.pos_dim), self.alpha[:, None]
-        bias = self.flow.bias.view(shape)
-        context, drift, _ = flow_attention(
-            states, positions, self.flow.weight.view(*shape, -1), self.split(self.value(states)),
-            self.log_sigma.exp(), self.k, flow_bias=bias, alpha=self.alpha, query_weight=self.query.view(*shape, -1),
-            query_bias=bias + self.offset / alpha, causal=self.causal, normalize=self.normalize,
-        )  # fmt: skip
-        return context.transpose(1, 2).flatten(2), drift
-
-
-def own_receiver(attention: DynamicFlowAttention, places: nn.Module) -> DynamicFlowAttention:
-    a = attention
-    own = OwnReceiver(a.dim, a.heads, a.pos_dim, a.k, causal=a.causal)
-    own.load_state_dict({**a.state_dict(), "query": a.flow.weight})
-    return own
+def shared_map(attention: DynamicFlowAttention, places: nn.Module) -> DynamicFlowAttention:
+    """As it was before December 2026: an entity looks for others where it is itself, and all weigh the same."""
+    attention.receiver = attention.salience = None
+    return attention
 
 
 def scaled(*, positions: float = 1.0, sigma: float = 1.0) -> Callable:
@@ -195,9 +174,9 @@ LINES: dict[str, dict[str, tuple[str, dict]]] = {
         "positions": ("positions 10 times as far apart at the start", dict(change=scaled(positions=10))),
         "narrow": ("half the sigma at the start", dict(change=scaled(sigma=0.5))),
         "wide": ("twice the sigma at the start", dict(change=scaled(sigma=2))),
-        "receiver": ("the receiving side drifts by a map of its own", dict(change=own_receiver)),
-        "receiver-k64": ("that, k = 64", dict(change=own_receiver, k=64)),
-        "receiver-grid": ("that, grid", dict(change=own_receiver, grid=GRID)),
+        "shared": ("sender and receiver share one map", dict(change=shared_map)),
+        "shared-k64": ("that, k = 64", dict(change=shared_map, k=64)),
+        "shared-grid": ("that, grid", dict(change=shared_map, grid=GRID)),
         "geometry": ("the heads' geometry learns 10 times as fast", dict(geometry_rate=10.0)),
         "grid-geometry": ("that, grid", dict(grid=GRID, geometry_rate=10.0)),
         "slow": ("learning rate 3e-3", dict(lr=3e-3)),
@@ -211,16 +190,13 @@ LINES: dict[str, dict[str, tuple[str, dict]]] = {
         "k32": ("k = 32", dict(k=32)),
         "positions": ("positions 10 times as far apart at the start", dict(change=scaled(positions=10))),
         "wide": ("twice the sigma at the start", dict(change=scaled(sigma=2))),
-        "receiver": ("the receiving side drifts by a map of its own", dict(change=own_receiver)),
+        "shared": ("sender and receiver share one map", dict(change=shared_map)),
         "far": ("17 symbols, one beyond the 16 that k = 16 sees", dict(length=17)),
         "far-geometry": ("that, geometry 10 times", dict(length=17, geometry_rate=10.0)),
         "far-k32": ("17 symbols, k = 32", dict(length=17, k=32)),
         "far-k32-geometry": ("17 symbols, k = 32, geometry 10 times", dict(length=17, k=32, geometry_rate=10.0)),
         "unknown": ("8 to 16 symbols, two layers", dict(vary=4, layers=2, geometry_rate=10.0)),
-        "unknown-receiver": (
-            "that, an own map",
-            dict(vary=4, layers=2, geometry_rate=10.0, change=own_receiver),
-        ),
+        "unknown-shared": ("that, one map", dict(vary=4, layers=2, geometry_rate=10.0, change=shared_map)),
     },
 }
 MAKES = {"digits": (Pixels, DIGITS), "copy": (Copies, COPY)}

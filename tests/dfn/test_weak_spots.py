@@ -28,16 +28,14 @@ def test_one_head(monkeypatch):
     assert all(abs(h["loss"] - math.log(one_head.SYMBOLS)) < 0.1 for h in beyond)
 
 
-def test_own_receiver_starts_as_the_block_is():
+def test_shared_map_is_the_mixer_of_before():
     attention = DynamicFlowAttention(12, 4, 3, 5)
-    own = weak_spots.own_receiver(attention, None)
     s, p = torch.randn(2, 17, 12), torch.randn(2, 4, 17, 3)
-    (y, drift), (z, moved) = attention(s, p), own(s, p)
-    torch.testing.assert_close(y, z)
-    torch.testing.assert_close(drift.positions, moved.positions)
-    with torch.no_grad():
-        own.query += 1
-    assert not torch.allclose(own(s, p)[0], y) and torch.equal(own(s, p)[1].positions, moved.positions)
+    (y, drift), (z, moved) = attention(s, p), weak_spots.shared_map(attention, None)(s, p)
+    assert not torch.allclose(y, z) and torch.equal(drift.positions, moved.positions)
+    older = DynamicFlowAttention(12, 4, 3, 5, receiver_flow=False, salience=False)
+    older.load_state_dict(attention.state_dict())
+    assert torch.equal(older(s, p)[0], z)
 
 
 def test_copies():
@@ -57,7 +55,7 @@ def test_study(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     pytest.importorskip("sklearn")
     monkeypatch.setattr(one_head, "SETTINGS", {name: values[:1] for name, values in one_head.SETTINGS.items()})
-    lines = ["head/alone", "digits/attention", "digits/receiver-grid", "copy/unknown-receiver", "copy/far-k32"]
+    lines = ["head/alone", "digits/attention", "digits/shared-grid", "copy/unknown-shared", "copy/far-k32"]
     command = ["--steps", "2", "--seeds", "2", "--quiet", "--out", str(tmp_path / "study"),
                "--result", str(tmp_path / "result.json")]  # fmt: skip
     for some in (lines[:3], lines):
@@ -65,7 +63,7 @@ def test_study(tmp_path, monkeypatch):
     found, short = load(tmp_path / "study"), json.loads((tmp_path / "result.json").read_text())
     assert found["cells"].keys() == short["cells"].keys() == {f"{line}/{seed}" for line in lines for seed in (0, 1)}
     assert "curve" not in short["cells"]["copy/far-k32/0"] and short["environments"] == found["environments"]
-    assert found["cells"]["digits/receiver-grid/0"]["heads"][1]["offset"][-1] == pytest.approx(-1, abs=0.05)
+    assert found["cells"]["digits/shared-grid/0"]["heads"][1]["offset"][-1] == pytest.approx(-1, abs=0.05)
     told = (tmp_path / "study" / "study.md").read_text()
     assert "self-attention |" in told and "17 symbols, k = 32 |" in told and "0 of 2" in told
 
