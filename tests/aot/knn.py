@@ -69,10 +69,10 @@ def tree_cases():
 
 
 def walk_cases():
-    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "GROUP": walk.GROUP, "CAP": 3 * tree.LEAF}
+    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "CAP": 3 * tree.LEAF}
     for D in (1, 2, 3, 8):
         for size in LISTS:
             for masked in (False, True):
                 flags = {"HAS_LQ": masked, "HAS_BOUND": masked, "MASKED": masked}
-                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes})
+                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes, "GROUP": walk.group(D)})
         yield Case(warm.warm_kernel, TYPES, {"D": D, "BM": 128}, options=brute.EXACT)

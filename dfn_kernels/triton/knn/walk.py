@@ -19,8 +19,6 @@ from .lists import FAR, forget, merge_list, nearest_of_nothing, thin, write, wri
 from .rows import rows_at, same_row, wide
 from .tree import JIT, Tree, level_of_query
 
-GROUP = 8  # points loaded at a time
-
 
 @triton.jit
 def key_of(d, index):
@@ -259,7 +257,12 @@ def seeds(k: int) -> int:
 
 
 def registers(D: int) -> int:
-    return 168 if D <= 3 else 192
+    return 184 if D <= 3 else 232
+
+
+def group(D: int) -> int:
+    """Points that are loaded before any is looked at: as many as leave registers for the rest."""
+    return min(trees.LEAF, 8 if D <= 3 else 2)
 
 
 def search(
@@ -282,7 +285,7 @@ def search(
         B * M, M, layout.slots, layout.nodes, layout.branches, layout.C, layout.levels, k, kept, layout.firsts,
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
-        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=min(GROUP, trees.LEAF),
+        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=group(D),
         CAP=CAP, LANES=lists.LANES,
         **lists.options(registers(D)),
     )  # fmt: skip
