@@ -160,10 +160,14 @@ def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
     return {"rows": min(8192 // (channels * dtype.itemsize), 32), "channels": channels}
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether the compiler knows that it may read the rows of x 16 bytes at once, not number by number."""
+    return all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
+
+
 def unrolled(k: int, x: Tensor) -> int:
-    """Edges that are walked at once: few where the rows of x are read number by number, not 16 bytes at once."""
-    aligned = all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
-    return (8 if k > 4 else 4) if aligned else 2
+    """Edges that are walked at once."""
+    return (8 if k > 4 else 4) if aligned(x) else 2
 
 
 def edge_tiles(k: int) -> dict[str, int]:
