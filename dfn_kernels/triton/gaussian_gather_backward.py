@@ -266,8 +266,8 @@ def dims_tile(D: int) -> int:
 
 
 def entities_options(channels: int, influence: bool) -> dict[str, int]:
-    """What keeps ptxas from spilling, as compiling has shown: a limit on registers in the small tiles, else none."""
-    return NO_SPILLS if channels <= 64 and not influence else {}
+    """A limit on registers above what a tile needs, as compiling has shown: ptxas spills without one."""
+    return NO_SPILLS and {"maxnreg": 128 if channels <= 64 and not influence else 192}
 
 
 def _by_query(

@@ -32,13 +32,14 @@ class Case:
 
     def __str__(self):
         pointers = [name for name, kind in self.signature.items() if kind.startswith("*")]
-        kinds = (kind for kind, _ in itertools.groupby(self.signature[name].strip("*") for name in pointers))
+        kinds = itertools.groupby(self.signature[name].strip("*") for name in pointers)
+        kinds = (f"{kind}x{len(list(same))}" for kind, same in kinds)
         constants = (f"{name}{int(x) if isinstance(x, bool) else x}" for name, x in self.constants.items())
         wide = (f"{name}64" for name, kind in self.signature.items() if kind == "i64")
         divisible = "+".join(name for name in self.attributes if name not in pointers)
-        far = "+".join(name for name in pointers if "pointer_range" not in str(self.attributes.get(name)))
-        far = "" if far == "+".join(pointers) else f"far:{far}"
-        return "-".join(filter(None, [name_of(self.kernel), *kinds, *constants, *wide, divisible, far]))
+        near = [name for name in pointers if "pointer_range" in str(self.attributes.get(name))]
+        near = "near" if near == pointers else "near:" * bool(near) + "+".join(near)
+        return "-".join(filter(None, [name_of(self.kernel), *kinds, *constants, *wide, divisible, near]))
 
     def key(self) -> str:
         return repr((name_of(self.kernel), self.signature, self.constants, self.attributes, self.options))

@@ -18,8 +18,6 @@ SIZES = {  # batches, heads, entities, queries; whether 16 divides the channels
 }
 
 
-
-
 def channels(dtype: torch.dtype) -> list[tuple[int, int]]:
     """For every tile of rows a number of channels that 16 does not divide, and one that it does."""
     found = {}
