@@ -131,6 +131,14 @@ def test_a_long_list(by_tree, monkeypatch, walks):
     check_long_lists(monkeypatch, walks, "two rows", 65, 2, by_tree, MASKS[by_tree], "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, k", [("256 positions", 65), ("lattice", 300), ("normal", 1024)])
+def test_long_lists_in_float64(name, k):
+    """A program a query: few of them, and more points than are sorted at a time."""
+    positions = point_sets.points(name, 1103 + k, 3).to(DEVICE).double()
+    check(positions, k, queries=positions[-2:] / 3)
+
+
 # Time grows with the square of k: few of the longest ones.
 LONGEST = (64, 65, 128, 64, 65, 256, 64, 128, 65, 512, 128, 256)
 
