@@ -27,7 +27,6 @@ from .plots import MINE
 from .report import machine
 from .timing import time_ms, time_rounds
 
-
 LETTERS = {"B": "batch", "H": "heads", "D": "dimensions", "d": "dim", "c": "channels", "k": "neighbours"}
 
 

@@ -33,15 +33,15 @@ STYLE = {
 
 
 @contextmanager
-def picture(path: str | Path, width: float, height: float, title: str = "", note: str = "") -> Iterator["Figure"]:
-    """A figure of so many inches to draw on, written to ``path`` (PNG) at the end. ``note`` stands below the title."""
+def figure(width: float, height: float, title: str = "", note: str = "", dpi: int = DPI) -> Iterator["Figure"]:
+    """A figure of so many inches to draw on. ``note`` stands below the title; what is drawn, below both."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        fig = Figure((width, height), layout="constrained")
+        fig = Figure((width, height), dpi, layout="constrained")
         top = height - 0.1
         for text, size, weight, color in ((title, TITLE, "bold", INK), (note, TEXT, "normal", SOFT)):
             if text:
@@ -49,7 +49,25 @@ def picture(path: str | Path, width: float, height: float, title: str = "", note
                 top -= 1.45 * size / 72 * (1 + text.count("\n"))
         fig.get_layout_engine().set(rect=(0, 0, 1, (top - 0.02) / height), w_pad=0.08, h_pad=0.08)
         yield fig
+
+
+@contextmanager
+def picture(
+    path: str | Path, width: float, height: float, title: str = "", note: str = "", colors: int | None = 96
+) -> Iterator["Figure"]:
+    """A `figure` that is written to ``path`` (PNG) at the end.
+
+    So few ``colors`` make the file small; None is for photographs.
+    """
+    from PIL import Image
+
+    with figure(width, height, title, note) as fig:
+        yield fig
         fig.savefig(path)
+    if colors:
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
 
 
 def shade(color: str) -> str:

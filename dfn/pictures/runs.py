@@ -56,7 +56,7 @@ def reconstruction(run: Run, path: Path, columns: int = 6) -> None:
     rebuilt = reconstruct(filled, field)
     title = f"{task.share:.0%} of the entities are hidden; the model fills them in"
     what = f"Crops of {' x '.join(map(str, field.grid))} cells, never trained on, as {hidden.shape[1]} entities each"
-    with picture(path, 1.55 * columns, 7.6, title, what) as fig:
+    with picture(path, 1.55 * columns, 7.6, title, what, colors=None) as fig:
         rows = ("the crop", "the entities that the model is shown", "and those that it fills in",
                 "the crop rebuilt from them all")  # fmt: skip
         for row, (axes, note) in enumerate(zip(fig.subplots(4, columns), rows, strict=True)):

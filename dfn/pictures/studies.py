@@ -109,8 +109,10 @@ def recall(found: dict, path: Path) -> None:
             label_ends(ax, lines)
 
 
-LENGTHS = {"text": ("by_stretch", 1, "bytes read before (up to)", "Text: bits per byte (less is better)"),
-           "needle": ("by_distance", 100, "tokens back to the needle", "Needles found, % (more is better)")}  # fmt: skip
+LENGTHS = {
+    "text": ("by_stretch", 1, "bytes read before (up to)", "Text: bits per byte (less is better)"),
+    "needle": ("by_distance", 100, "tokens back to the needle", "Needles found, % (more is better)"),
+}
 
 
 def length(found: dict, path: Path) -> None:
@@ -152,8 +154,11 @@ def short(number: int) -> str:
     return f"{number / 1024:.0f}k" if number >= 1000 else str(number)
 
 
-PANELS = {"text": ("text: bits per byte\n(less is better)", 1), "recall": ("recall: answered, %\n(more is better)", 100),
-          "segments": ("segments: answered, %\n(more is better)", 100)}  # fmt: skip
+PANELS = {
+    "text": ("text: bits per byte\n(less is better)", 1),
+    "recall": ("recall: answered, %\n(more is better)", 100),
+    "segments": ("segments: answered, %\n(more is better)", 100),
+}
 
 
 def parts(found: dict, path: Path) -> None:
