@@ -100,6 +100,7 @@ def label_ends(
     notes = []
     for line, text in labels:
         x, y = (values[-1] for values in line.get_data(orig=False))
+        y = min(max(y, min(ax.get_ylim())), max(ax.get_ylim()))
         if line.get_transform() != ax.transData:  # a line across the whole plot
             x = ax.get_xlim()[1]
         color = shade(line.get_color())

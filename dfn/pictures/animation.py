@@ -5,6 +5,8 @@ shown are places in the semantic head of the last layer of a small `DFNLanguageM
 nothing is projected. Between two looks at the model they are interpolated.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,17 +82,13 @@ def animate(recorded: Recorded, path: str | Path, frames: int = 80, hold: int = 
     from PIL import Image
 
     images = []
-    note = "First it reads pairs (E=7), then questions (E?): each drifts to the pair that answers it"
-    with figure(8, 4.6, "A model learns where to look", note, dpi=100) as fig:
-        fig.set_layout_engine("none")
+    with drawn() as (fig, axes):
         canvas = FigureCanvasAgg(fig)
-        axes = [
-            fig.add_axes(box) for box in ((0.015, 0.03, 0.53, 0.8), (0.6, 0.33, 0.38, 0.5), (0.67, 0.12, 0.3, 0.17))
-        ]
         for time in times(recorded.looks, frames):
             draw_frame(axes, recorded, time)
             canvas.draw()
-            images.append(Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB"))
+            image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+            images.append(image.convert("RGB"))
     wide = Image.new("RGB", (images[0].width, 3 * images[0].height))  # one palette for all frames
     for place, number in enumerate((0, len(images) // 2, -1)):
         wide.paste(images[number], (0, place * images[0].height))
@@ -98,6 +96,16 @@ def animate(recorded: Recorded, path: str | Path, frames: int = 80, hold: int = 
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [MILLISECONDS] * (len(images) - 1) + [MILLISECONDS * hold]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
+
+
+@contextmanager
+def drawn() -> Iterator[tuple]:
+    """The figure of all frames and its axes: the map, the answers, the share."""
+    note = "First it reads pairs (E=7), then questions (E?): each drifts to the pair that answers it"
+    with figure(8, 4.6, "A model learns where to look", note, dpi=100) as fig:
+        fig.set_layout_engine("none")
+        places = (0.015, 0.03, 0.53, 0.8), (0.6, 0.33, 0.38, 0.5), (0.67, 0.12, 0.3, 0.17)
+        yield fig, [fig.add_axes(place) for place in places]
 
 
 def times(looks: list[Look], frames: int) -> list[float]:

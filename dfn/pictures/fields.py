@@ -50,7 +50,7 @@ def entities_picture(
     figures = {name: psnr(b, photograph.values) for name, b in zip(("uniform", "adaptive"), built, strict=True)}
     sound = example_sound() if sound is None else sound
     tall = 11 * 0.5 * H / W
-    with picture(path, 11, tall + 5.7, "Entities where there is something to know", colors=None) as fig:
+    with picture(path, 11, tall + 5.7, "Entities where there is something to know", colors=256) as fig:
         rows = fig.add_gridspec(3, 2, height_ratios=(tall, 2.4, 1.3))
         _photograph(fig.add_subplot(rows[0, 0]), photograph, adaptive)
         _halves(fig.add_subplot(rows[0, 1]), photograph, built, figures)

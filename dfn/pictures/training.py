@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..style import INK, OURS, SKY, THICK, label_ends, picture, shade
+from ..style import INK, OURS, SKY, THICK, label_ends, picture
 from ..training.trainer import History
 
 BESIDE = {"bigram": "byte bigram", "gzip": "gzip -9"}
@@ -29,8 +29,8 @@ def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit:
         if history.evaluated:
             _, when, found = zip(*history.evaluated, strict=True)
             (held_out,) = ax.plot(when, found, "o-", color=OURS, lw=THICK, ms=6, mec="white")
-            if "model" not in figures:
-                labels.append((held_out, f"held-out {data}: {found[-1]:.3f}"))
+            sample = ", a sample" if "model" in figures else ""
+            labels.append((held_out, f"held-out {data}{sample}: {found[-1]:.3f}"))
         if "model" in figures:
             (star,) = ax.plot(seconds[-1], figures["model"], "*", ms=17, color=OURS, mec="white", clip_on=False,
                               zorder=5)  # fmt: skip
@@ -39,14 +39,12 @@ def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit:
             if name in figures:
                 line = ax.axhline(figures[name], color=INK, lw=1.2, ls=(0, (5, 4)))
                 labels.append((line, f"{said}: {figures[name]:.3f}"))
-        lowest, highest = min(*figures.values(), *smooth), max(*figures.values(), *smooth[len(smooth) // 50 :])
-        room = 0.06 * (highest - lowest) + 1e-9
+        ends = [*figures.values(), *(found for *_, found in history.evaluated)]
+        lowest, highest = min(ends + smooth), max(ends + smooth[len(smooth) // 50 :])
+        room = 0.06 * (highest - lowest) + 1e-3 * abs(highest)
         ax.set(xlim=(0, 1.01 * seconds[-1]), ylim=(lowest - room, highest + room))
         ax.set(xlabel="seconds of training", ylabel="bits per byte" if of_bytes else unit)
         label_ends(ax, labels)
-        if history.evaluated and "model" in figures:
-            ax.annotate(f"held-out {data}, a sample", (when[0], found[0]), (10, 0), textcoords="offset points",
-                        color=shade(OURS), size=11, va="center", annotation_clip=True)  # fmt: skip
 
 
 def smoothed(values: list[float]) -> list[float]:
