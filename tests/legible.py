@@ -14,11 +14,12 @@ CONTRAST = 4.5  # what WCAG 2.1 asks of text
 
 
 def faults(fig: Figure, half: bool = True) -> list[str]:
-    """One line for each. Texts with the gid "mark" are drawn as marks: they need only lie inside.
+    """One line for each, in a figure that has been drawn.
+
+    Texts with the gid "mark" are marks: they need only lie inside.
 
     ``half``: whether it is looked at at half its size.
     """
-    fig.draw_without_rendering()
     found = []
     hidden = not_drawn(fig)
     texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible() and t not in hidden]

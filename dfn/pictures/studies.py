@@ -58,6 +58,8 @@ def language(found: dict, path: Path) -> None:
         for ax, of, label in zip(axes, ("seconds", "bytes"), ("seconds of training", "megabytes seen"), strict=True):
             ax.grid()
             ax.set_xlabel(label)
+            if not values:
+                ax.set(xticks=[], yticks=[])
             lines = []
             for kind in (kind for kind in MODELS if kind in best):
                 points = list(zip(*(c["curve"] for c in best[kind]), strict=True))
@@ -167,7 +169,7 @@ def parts(found: dict, path: Path) -> None:
     tasks = [task for task in PANELS if any(t == task for t, *_ in cells)] or ["text"]
     lines = list(dict.fromkeys(line for _, line, _ in cells))[::-1]
     title = f"One thing changed, {found['options']['steps']:,} steps each"
-    note = "Diamond and bar: mean and standard deviation of the seeds; rings: the runs; dashed: the model as it is"
+    note = "Diamond, bar: mean and deviation of the seeds; rings: the runs; dashed: the model as it is"
     with picture(path, 2.9 * max(2, len(tasks)) + 2.6, 0.34 * len(lines) + 2.2, title, note) as fig:
         for ax, task in zip(fig.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
             said, factor = PANELS[task]

@@ -9,7 +9,6 @@ from helpers import INTERPRETED
 
 pytest.importorskip("matplotlib")
 from legible import faults
-from matplotlib.figure import Figure
 
 from dfn import style
 from dfn.flownetwork import FlowNetwork
@@ -17,7 +16,7 @@ from dfn.models.language import DFNLanguageModel
 from dfn.pictures import animation
 from dfn.pictures import runs as pictures_of_runs
 from dfn.pictures.drift import drift
-from dfn.pictures.fields import entities_picture, example_sound
+from dfn.pictures.fields import entities_picture
 from dfn.pictures.studies import draw_study
 from dfn.pictures.training import loss_curve
 from dfn.runs.options import Options
@@ -28,20 +27,6 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="not about Triton kernels"),
 ]
 STUDIES = (made_up.language_study, made_up.recall_study, made_up.length_study, made_up.parts_study)
-
-
-@pytest.fixture
-def legible(monkeypatch):
-    """Looks at every figure before it is written; at the end there must have been one."""
-    seen, save = [], Figure.savefig
-
-    def savefig(self, *args, **options):
-        save(self, *args, **options)
-        seen.append(faults(self))
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    yield
-    assert seen and not any(seen), "\n".join(sum(seen, []))
 
 
 def size_of(path):
@@ -69,9 +54,8 @@ def test_loss_curve(tmp_path, legible, history, figures, unit):
 
 
 @pytest.mark.parametrize("make", STUDIES)
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_studies(tmp_path, legible, make, seeds):
-    draw_study(make(seeds), tmp_path / "study.png")
+def test_studies(tmp_path, legible, make):
+    draw_study(make(3), tmp_path / "study.png")
     wide, _ = size_of(tmp_path / "study.png")
     assert 600 < wide < 1800 and (tmp_path / "study.png").stat().st_size < 150_000
 
@@ -95,9 +79,11 @@ def test_drift(tmp_path, legible, layers):
     drift(DFNLanguageModel(dim=16, layers=layers, heads=1, pos_dim=1, k=4), text, tmp_path / "drift.png")
 
 
+@pytest.mark.slow
 def test_entities(tmp_path, legible):
     pytest.importorskip("sklearn")
-    figures = entities_picture(tmp_path / "entities.png", sound=example_sound(0.8), share=200)
+    figures = entities_picture(tmp_path / "entities.png", share=40)
+    assert (tmp_path / "entities.png").stat().st_size > 100_000
     assert figures["adaptive"] > figures["uniform"]
 
 
@@ -162,16 +148,17 @@ def test_animation(tmp_path):
     """What it shows are the model's own places and answers, and every frame is legible as it stands."""
     from PIL import Image
 
-    recorded = animation.record(steps=4, every=2, seed=1)
-    assert [a.step for a in recorded.looks] == [0, 2, 4] and len(set(recorded.keys)) == animation.PAIRS
+    recorded = animation.record(steps=2, every=1, seed=1)
+    assert [a.step for a in recorded.looks] == [0, 1, 2] and len(set(recorded.keys)) == animation.PAIRS
     assert all(a.pairs.isfinite().all() and a.asked.shape == (8, 2) and 0 <= a.share <= 1 for a in recorded.looks)
-    again = animation.record(steps=2, every=2, seed=1)
-    assert again.keys == recorded.keys and again.looks[1].asked.equal(recorded.looks[1].asked)
+    again = animation.record(steps=2, every=1, seed=1)
+    assert again.keys == recorded.keys and again.looks[2].asked.equal(recorded.looks[2].asked)
     times = animation.times(recorded.looks, 9)
     assert times[0] == 0 and times[-1] == pytest.approx(2) and sorted(times) == times
     for time in (0.0, 0.7, 2.0):
         with animation.drawn() as (fig, axes):
             animation.draw_frame(axes, recorded, time)
+            fig.draw_without_rendering()
             assert not faults(fig, half=False)
     animation.animate(recorded, tmp_path / "drift.gif", frames=5, hold=3)
     with Image.open(tmp_path / "drift.gif") as gif:
@@ -187,8 +174,10 @@ def broken(change) -> str:
         ax = fig.add_subplot()
         ax.plot([0, 1, 2], [0, 1, 0], label="a curve")
         ax.set(xlabel="steps", ylabel="bits")
+        fig.draw_without_rendering()
         assert not faults(fig)
         change(fig, ax)
+        fig.draw_without_rendering()
         return "\n".join(faults(fig))
 
 
