@@ -178,7 +178,7 @@ def draw_answers(ax, names: list[str], values: list[int], said: list[int]) -> No
         ax.text(x, y, f"{name}?", color=shade(color), weight="bold", size=13)
         # an answer that is no value at all is possible at first
         ax.text(x + 0.24, y, f"{answer if answer >= 0 else '–'}", color=INK if right else SOFT, size=13)
-        ax.text(x + 0.52, y, "right" if right else "wrong", color=shade(GREEN) if right else VERMILLION, size=11)
+        ax.text(x + 0.52, y, "right" if right else "wrong", color=shade(GREEN if right else VERMILLION), size=11)
 
 
 def draw_share(ax, looks: list[Look], time: float, step: float, share: float) -> None:

@@ -12,7 +12,7 @@ from ..models.language import DFNLanguageModel
 from ..style import BLUE, GREEN, ORANGE, PALE, PURPLE, SMALL, SOFT, VERMILLION, bare, picture, shade
 
 COLORS = {"vowel": shade(BLUE), "consonant": shade(GREEN), "digit": shade(PURPLE), "space": SOFT,
-          "other": VERMILLION}  # fmt: skip
+          "other": shade(VERMILLION)}  # fmt: skip
 
 
 @torch.no_grad()
