@@ -52,7 +52,7 @@ def faults(fig: Figure, half: bool = True) -> list[str]:
         for axis, side in ((ax.xaxis, "x"), (ax.yaxis, "y")):
             labels = [t for t in axis.get_ticklabels() if t.get_text() and t.get_visible() and t not in hidden]
             ticks = [t.get_text() for t in labels]
-            named = axis.get_label_text() or ax.get_title(loc="left") or getattr(fig, f"_sup{side}label", None)
+            named = axis.get_label_text().strip() or ax.get_title(loc="left") or getattr(fig, f"_sup{side}label", None)
             if ticks and all(is_number(t) for t in ticks) and not named:
                 found.append(f"the {side} axis with the ticks {ticks} has no name")
     return found
