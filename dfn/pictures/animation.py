@@ -162,7 +162,7 @@ def draw_map(ax, names: list[str], values: list[int], pairs: Tensor, asked: Tens
         ax.plot(*zip(question, pair, strict=True), color=color, lw=1.2, zorder=2)
         ax.plot(*pair, "o", ms=30, color=color, mec="white", zorder=3)
         letters = INK if color in (ORANGE, SKY, PURPLE) else "white"
-        ax.text(*pair, f"{name}={value}", color=letters, size=9, weight="bold", ha="center", va="center", zorder=4,
+        ax.text(*pair, f"{name}={value}", color=letters, size=9, weight="bold", ha="center", va="center", zorder=7,
                 gid="mark")  # fmt: skip
         ax.plot(*question, "o", ms=37, mfc="none", mec=color, mew=2.6, zorder=5)
         ax.annotate(f"{name}?", question, (20, 17), textcoords="offset points", color=shade(color), size=11,
