@@ -17,6 +17,7 @@ from ..models.language import DFNLanguageModel
 from ..studies.recall import recall_batch
 from ..style import BLUE, EDGE, GREEN, INK, ORANGE, OURS, PURPLE, SKY, SOFT, THICK, VERMILLION, figure, shade
 from ..training.trainer import Trainer
+from .drift import trace
 
 PAIRS, KEYS, UNSEEN = 8, 16, 200  # UNSEEN: sequences that tell how many questions are answered
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, INK, "#8a6d3b")
@@ -63,17 +64,13 @@ def record(steps: int = 180, every: int = 3, seed: int = 0) -> Recorded:
 @torch.no_grad()
 def look(model: DFNLanguageModel, ids: Tensor, order: Tensor, unseen: tuple[Tensor, Tensor], step: int) -> Look:
     """``ids [1, 4 * PAIRS]``: the pairs, then in this order each key again, the question, and its value."""
-    states = model.embed(ids)
-    positions = model.positions(states)
-    for block in model.blocks:
-        states, positions = block(states, positions)
-    attention, back = model.blocks[-1].attention, order.argsort()
-    said = model.head(model.norm(states))[0, 2 * PAIRS :: 2].argmax(-1)[back]
-    asked = positions[0, 0, 2 * PAIRS :: 2][back] + attention.offset[0]
+    back, last = order.argsort(), trace(model, ids)[-1]
+    said = model(ids)[0][0, 2 * PAIRS :: 2].argmax(-1)[back]
+    asked, reach = last.looks[0, 2 * PAIRS :: 2][back], model.blocks[-1].attention.log_sigma[0].exp()
     scored = unseen[1] >= 0
     right = model(unseen[0])[0].argmax(-1)[scored] == unseen[1][scored]
-    return Look(step, positions[0, 0, 1 : 2 * PAIRS : 2], asked, float(attention.log_sigma[0].exp()),
-                (said - KEYS).tolist(), float(right.float().mean()))  # fmt: skip
+    return Look(step, last.positions[0, 1 : 2 * PAIRS : 2], asked, float(reach), (said - KEYS).tolist(),
+                float(right.float().mean()))  # fmt: skip
 
 
 def animate(recorded: Recorded, path: str | Path, frames: int = 80, hold: int = 22) -> None:

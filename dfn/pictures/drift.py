@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,22 +10,38 @@ from torch import Tensor
 from dfn_kernels import knn
 
 from ..models.language import DFNLanguageModel
+from ..models.layers import DynamicFlowAttention
 from ..style import BLUE, GREEN, ORANGE, PALE, PURPLE, SMALL, SOFT, VERMILLION, bare, picture, shade
 
 COLORS = {"vowel": shade(BLUE), "consonant": shade(GREEN), "digit": shade(PURPLE), "space": SOFT,
           "other": shade(VERMILLION)}  # fmt: skip
 
 
+class Stage(NamedTuple):
+    """The entities at the start, or after a block: ``[H, N, D]``, and ``[H, N]`` for the learned influence."""
+
+    positions: Tensor
+    looks: Tensor | None = None  # where they looked in the block
+    log_influence: Tensor | None = None
+
+
 @torch.no_grad()
-def trace(model: DFNLanguageModel, ids: Tensor) -> list[Tensor]:
-    """Where the entities of ``ids [1, N]`` are before the first block and after each: ``[H, N, D]`` each."""
+def trace(model: DFNLanguageModel, ids: Tensor) -> list[Stage]:
+    """The entities of ``ids [1, N]`` before the first block and after each."""
     states = model.embed(ids)
     positions = model.positions(states)
-    steps = [positions[0]]
+    stages = [Stage(positions[0])]
     for block in model.blocks:
+        attention, s = block.attention, block.norm(states)
         states, positions = block(states, positions)
-        steps.append(positions[0])
-    return steps
+        looks, loud = positions + attention.offset[:, None], None
+        if attention.receiver is not None:
+            flow = attention.receiver(s).unflatten(-1, (attention.heads, attention.pos_dim)).transpose(1, 2)
+            looks = looks + attention.alpha[:, None, None] * flow
+        if attention.salience is not None:
+            loud = attention.log_influence(s)[0].T
+        stages.append(Stage(positions[0], looks[0], loud))
+    return stages
 
 
 def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -> None:
@@ -43,7 +60,7 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
     chosen = _choose(ids)
     steps = trace(model, ids[None].long())
     stages = sorted({0, 1, len(steps) - 1})
-    H, semantic = steps[0].shape[0], model.positions.semantic
+    H, semantic = steps[0].positions.shape[0], model.positions.semantic
     heads = ([0] if semantic else []) + ([H // 2] if H > semantic else [])
     line = "".join(_visible(chr(byte)) for byte in ids.tolist())
     with picture(path, 11, 3.9 * len(heads) + 2.1, "Entities drift through the layers", " \n\n ") as fig:
@@ -53,7 +70,7 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
         axes = fig.subplots(len(heads), len(stages), squeeze=False)
         for row, h in zip(axes, heads, strict=True):
             timed = h >= semantic
-            places = torch.stack([p[h] for p in steps]).float()  # [layers + 1, N, D]
+            places = torch.stack([step.positions[h] for step in steps]).float()  # [layers + 1, N, D]
             plane = _plane(places, timed)
             flat = (places - places.mean((0, 1))) @ plane
             for place, (layer, ax) in enumerate(zip(stages, row, strict=True)):
@@ -63,7 +80,9 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
                 here = seen = flat[layer]
                 if layer:
                     before = flat[stages[place - 1]]
-                    _links(ax, model, layer - 1, h, places[layer], here, chosen, places.mean((0, 1)), plane)
+                    _links(
+                        ax, model.blocks[layer - 1].attention, steps[layer], h, here, chosen, places.mean((0, 1)), plane
+                    )
                     moves = torch.stack([before, here], 1).tolist()
                     ax.add_collection(LineCollection(moves, color=PALE, linewidth=0.8, zorder=1))
                     seen = torch.cat([here, before])
@@ -92,20 +111,24 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
         fig.legend(handles=marks, loc="outside lower left", ncols=5, columnspacing=1.2, handlelength=1.4)
 
 
-def _links(
-    ax, model, layer: int, head: int, places: Tensor, flat: Tensor, chosen: int, center: Tensor, plane: Tensor
-) -> None:
+@torch.no_grad()
+def neighbours(attention: DynamicFlowAttention, stage: Stage, head: int, chosen: int) -> tuple[Tensor, Tensor]:
+    """Whom the chosen entity reads from, and their shares of the weight."""
+    k, places = min(attention.k, chosen + 1), stage.positions[head, : chosen + 1].contiguous()
+    near = knn(places, k, queries=stage.looks[head, chosen][None].contiguous())
+    indices, sigma = near.indices[0], attention.log_sigma[head].exp()
+    loud = 0.0 if stage.log_influence is None else stage.log_influence[head, indices]
+    return indices, (loud - near.sq_dists[0] / (2 * sigma**2)).softmax(0)
+
+
+def _links(ax, attention, stage: Stage, head: int, flat: Tensor, chosen: int, center: Tensor, plane: Tensor) -> None:
     """Lines from where the chosen entity looks to its neighbours, as thick as their share of the weight."""
-    attention = model.blocks[layer].attention
-    query = places[chosen] + attention.offset[head]
-    k = min(attention.k, chosen + 1)
-    near = knn(places[: chosen + 1].contiguous(), k, queries=query[None].contiguous())
-    sigma = attention.log_sigma[head].exp()
-    share = (-near.sq_dists[0] / (2 * sigma**2)).softmax(0)
+    query = stage.looks[head, chosen].float()
+    indices, share = neighbours(attention, stage, head, chosen)
     x, y = ((query - center) @ plane).tolist()
-    if (query - places[chosen]).norm() > 0.1:
+    if (query - stage.positions[head, chosen]).norm() > 0.1:
         ax.plot([x], [y], "+", color=ORANGE, ms=10, mew=2, zorder=5)
-    for j, w in zip(near.indices[0].tolist(), share.tolist(), strict=True):
+    for j, w in zip(indices.tolist(), share.tolist(), strict=True):
         if j != chosen:
             to = flat[j].tolist()
             ax.plot([x, to[0]], [y, to[1]], color=ORANGE, lw=0.7 + 5 * math.sqrt(w), alpha=0.4 + 0.6 * w, zorder=2)

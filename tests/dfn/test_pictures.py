@@ -15,7 +15,7 @@ from dfn.flownetwork import FlowNetwork
 from dfn.models.language import DFNLanguageModel
 from dfn.pictures import animation
 from dfn.pictures import runs as pictures_of_runs
-from dfn.pictures.drift import drift
+from dfn.pictures.drift import drift, neighbours, trace
 from dfn.pictures.fields import entities_picture
 from dfn.pictures.studies import draw_study
 from dfn.pictures.training import loss_curve
@@ -77,6 +77,24 @@ def test_drift(tmp_path, legible, layers):
     drift(model, text, tmp_path / "drift.png")
     assert size_of(tmp_path / "drift.png")[0] == 11 * style.DPI
     drift(DFNLanguageModel(dim=16, layers=layers, heads=1, pos_dim=1, k=4), text, tmp_path / "drift.png")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"receiver_flow": False, "salience": False}])
+def test_what_is_drawn_is_what_is_read(options):
+    """The places, looks and influence of the picture give what the attention reads."""
+    model = DFNLanguageModel(dim=16, layers=2, k=4, block_options=options).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, (first, last) = torch.randint(256, (1, 23)), model.blocks
+    stage, attention = trace(model, ids)[-1], last.attention
+    states = model.embed(ids)
+    states, positions = first(states, model.positions(states))
+    read = attention(last.norm(states), positions)[0][0, -1].view(attention.heads, -1)
+    values = attention.split(attention.value(last.norm(states)))[0]
+    for h in range(attention.heads):
+        near, share = neighbours(attention, stage, h, 22)
+        torch.testing.assert_close((share[:, None] * values[h][near]).sum(0), read[h])
 
 
 @pytest.mark.slow
