@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import NO_SPILLS
 from .rows import rows_at, wide
 
 LEAF = 16
@@ -358,6 +359,7 @@ def _sorted(x: Tensor, lengths: Tensor | None, layout: Layout, frame: Tensor, qu
         keys, rests,
         total, rows, layout.slots, layout.C, layout.levels, layout.bits, layout.fine,
         MIDDLE=MIDDLE, REACH=REACH, HAS_L=lengths is not None, QUERIES=queries, D=D, BM=BM, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
     if D <= 2:
         return keys.sort(stable=True)
@@ -374,7 +376,8 @@ def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
     counts = points if lengths is None else lengths
     frame = points.new_empty(B, D + 1)
     frame_kernel[(B,)](
-        points, counts, frame, N, HAS_L=lengths is not None, D=D, SAMPLE=SAMPLE, num_warps=4
+        points, counts, frame, N, HAS_L=lengths is not None, D=D, SAMPLE=SAMPLE, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
     keys, order = _sorted(points, lengths, layout, frame, False)
     sizes = layout.slots, layout.C, layout.levels
@@ -396,6 +399,7 @@ def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
         tree.points, tree.firsts, tree.rows, tree.seats, tree.boxes,
         total, N, layout.slots, layout.nodes, layout.C, layout.levels, layout.firsts,
         HAS_L=lengths is not None, HAS_ASKED=layout.levels > 1, D=D, LEAF=LEAF, FAN=FAN, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
     branch_kernel[(layout.branches,)](tree.boxes, layout.nodes, layout.branches, D=D, FAN=FAN, num_warps=1)
     return tree
