@@ -180,10 +180,10 @@ def walk_kernel(
                     which = which & (FAN - 1)
                     pending = tl.where(child == which, FAR, pending)
                     leaf = node * FAN + which
-                    box = same_row(BOXES + leaf.to(tl.int64) * BOX, LANES, BOX)
-                    needed = least_keys(box, q, q, D) < worst
+                    of_leaf = same_row(BOXES + leaf.to(tl.int64) * BOX, LANES, BOX)
+                    needed = least_keys(of_leaf, q, q, D) < worst
                     if MASKED:
-                        needed = needed & (box[2 * D] <= limit)
+                        needed = needed & (of_leaf[2 * D] <= limit)
                     if tl.max(needed.to(tl.int32), axis=0) > 0:
                         FROM = POINTS + leaf.to(tl.int64) * (LEAF * POINT)
                         for g in tl.static_range(0, LEAF, GROUP):
