@@ -92,7 +92,7 @@ NormProblem describe(const Tensor& states, const Tensor& energy, const std::opti
     check_dense(*lengths, "lengths", ScalarType::Long, {g.B});
     g.lengths = static_cast<const int64_t*>(lengths->data_ptr());
   }
-  g.states = rows_of(torch::stable::unsqueeze(states, 1), "states");
+  g.states = rows_of(states, "states");
   return g;
 }
 
@@ -112,7 +112,7 @@ Tensor forward(const Tensor& states, const Tensor& energy, const std::optional<T
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
   Tensor out = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(out);
-  g.out = rows_of(torch::stable::unsqueeze(out, 1), "out");
+  g.out = rows_of(out, "out");
   parallel_for(0, g.B * g.N, grain_size(g.d), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(norm_forward, g, begin, end);
   });
@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& states, co
   Tensor grad_states = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(grad_states);
   Tensor grad_energy = allocate(energy, {g.B, g.N});
-  g.grad = rows_of(torch::stable::unsqueeze(grad, 1), "grad");
-  g.grad_states = rows_of(torch::stable::unsqueeze(grad_states, 1), "grad_states");
+  g.grad = rows_of(grad, "grad");
+  g.grad_states = rows_of(grad_states, "grad_states");
   g.along = along.data_ptr();
   parallel_for(0, g.B * g.N, grain_size(2 * g.d), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(norm_backward, g, begin, end);
