@@ -2,6 +2,7 @@
 // later entity can change a bit of an earlier one; the passes over the states are the kernels'.
 #include "cpu/flow_norm/flow_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -38,10 +39,13 @@ void fill_scale(const NormProblem& g, const A* energy, double eps, Mode mode, A*
         for (int64_t i = 0; i < length; ++i) running += e[i];
         const A one = A(1 / std::sqrt(running / length + eps));
         for (int64_t i = 0; i < length; ++i) out[i] = one;
-      } else {
-        for (int64_t i = 0; i < length; ++i) {
-          running += e[i];
-          out[i] = A(1 / std::sqrt((mode == Mode::causal ? running / (i + 1) : double(e[i])) + eps));
+      } else {  // the sums one after another, all else several at a time
+        const bool causal = mode == Mode::causal;
+        double sums[64];
+        for (int64_t from = 0; from < length; from += 64) {
+          const int64_t n = std::min<int64_t>(64, length - from);
+          for (int64_t i = 0; i < n; ++i) sums[i] = causal ? running += e[from + i] : e[from + i];
+          DFN_CALL_ISA(norm_scales, sums, n, causal ? from + 1 : 1, causal ? 1 : 0, eps, out + from);
         }
       }
       for (int64_t i = length; i < g.N; ++i) out[i] = 0;
