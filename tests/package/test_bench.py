@@ -78,18 +78,18 @@ def test_peak_memory():
 
 def test_command(tmp_path, capsys):
     assert main(["--quick", "--only", "flow_norm", "--seconds", "0", "--out", str(tmp_path)]) == 0
-    assert "flow_norm" in capsys.readouterr().out
+    assert "causal norm" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     written = json.loads(path.read_text())
     assert written["machine"]["torch"] == torch.__version__ and written["rows"][0]["ms"] > 0
     assert written["ceilings"]["copy GB/s"] > 0 and path.with_suffix(".png").stat().st_size > 10_000
-    assert "| flow_norm" in path.with_suffix(".md").read_text()
+    assert "| causal norm" in path.with_suffix(".md").read_text()
     assert main(["compare", str(path), str(path)]) == 0
     assert "1.00x" in capsys.readouterr().out
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
     report.update_readme(path, readme)
-    assert "| flow_norm" in readme.read_text() and "old" not in readme.read_text() and " after" in readme.read_text()
+    assert "| causal norm" in readme.read_text() and "old" not in readme.read_text() and " after" in readme.read_text()
     with pytest.raises(SystemExit):
         main(["--only", "no such case"])
     assert report.markdown([]).startswith("| case")
