@@ -107,8 +107,8 @@ def shared_heads(x: Tensor) -> bool:
 
 
 def spatial_order(points: Tensor, indices: Tensor, row_bytes: int, backend: str) -> Tensor | None:
-    """An order of the points [.., n, D] that keeps rows of `row_bytes` in the cache, int32 [B, H, n]; None where it does
-    not pay."""
+    """An order of the points [.., n, D] that keeps rows of `row_bytes` in the cache, int32 [B, H, n]; None where it
+    does not pay."""
     rows = points.shape[-2] if points.device.type == "cpu" else math.prod(points.shape[:-1])
     if indices.shape[-1] < 2 or rows * row_bytes <= CACHE["cpu" if points.device.type == "cpu" else "gpu"]:
         return None
