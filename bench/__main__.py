@@ -5,7 +5,7 @@ python -m bench --only knn --seconds 3   one op, longer
 python -m bench guard main               is this tree slower than that commit? both in turns; the exit status says
 python -m bench compare OLD.json NEW.json
 python -m bench plot RESULT.json         draws it again
-python -m bench readme RESULT.json       puts the table into README.md
+python -m bench page RESULT.json         puts the table into docs/benchmarks.md
 """
 
 import argparse
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("result", type=result)
         print(f"written to {plots.draw(parser.parse_args(argv[1:]).result)}")
         return 0
-    if argv[:1] == ["readme"]:
-        parser = argparse.ArgumentParser(prog="python -m bench readme")
+    if argv[:1] == ["page"]:
+        parser = argparse.ArgumentParser(prog="python -m bench page")
         parser.add_argument("result", type=result)
-        report.update_readme(parser.parse_args(argv[1:]).result, Path(__file__).parents[1] / "README.md")
+        report.update_page(parser.parse_args(argv[1:]).result)
         return 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -110,10 +110,11 @@ def write(rows: list[Row], folder: Path, facts: dict[str, str], ceilings: dict[s
     return path
 
 
-README_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 
 
-def readme_table(path: Path) -> str:
+def page_table(path: Path) -> str:
     """From a result: our default backend beside the fastest peer of every case and mode, and what produced it."""
     result = json.loads(path.read_text())
     rows = [Row(**row) for row in result["rows"]]
@@ -129,8 +130,8 @@ def readme_table(path: Path) -> str:
     return "\n".join(lines) + f"\n\n{what}: {made_by}.\n"
 
 
-def update_readme(result: Path, readme: Path) -> None:
-    put_between(readme, README_MARKS, readme_table(result))
+def update_page(result: Path, page: Path = PAGE) -> None:
+    put_between(page, PAGE_MARKS, page_table(result))
 
 
 def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
