@@ -1,14 +1,16 @@
 """FlowNetwork's presets beside two Transformers, in turns: `python -m bench.presets [--only edge]`.
 
-One has as many parameters: the good one of the studies (RoPE, RMSNorm, SwiGLU, no biases). One has the same width, depth
-and vocabulary: the plain one with a tied output of `benchmark_flow_network`, which is smaller than every full-rank
-preset and larger than `compact`. All do the same work on the same tokens; a ratio is of times of one round. Writes
-results/<date>-presets-<threads>threads.json and .md.
+One has as many parameters: the good one of the studies (RoPE, RMSNorm, SwiGLU, no biases). One has the same width,
+depth and vocabulary: the plain one with a tied output of `benchmark_flow_network`, which is smaller than every
+full-rank preset and larger than `compact`. All do the same work on the same tokens; a ratio is of times of one round.
+Writes results/<date>-presets-<threads>threads.json and .md. `python -m bench.presets page RESULT.json` puts the table
+into docs/flownetwork.md.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dfn.flownetwork import PRESETS, FlowNetwork, create_dummy_data
+from dfn.flownetwork import PRESETS, create_dummy_data
 from dfn.flownetwork.benchmark import build, stepper
 from dfn.models.layers import count_parameters
 from dfn.studies.rivals import rival
 
-from .report import machine
+from .report import machine, put_between
 from .timing import time_rounds
 
 SIZE, SHAPE = "as many parameters", "same width and depth"
 WORK = ("forward", "forward, bfloat16", "forward, int8", "training step", "training step, bfloat16")
+PAGE = Path(__file__).parents[1] / "docs" / "flownetwork.md"
+MARKS = ("<!-- presets:begin -->", "<!-- presets:end -->")
 LARGE = 200_000_000  # parameters from which three training states do not fit beside each other
 
 
@@ -92,6 +96,11 @@ def table(rows: list[dict], facts: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["page"]:
+        result = json.loads(Path(argv[1]).read_text())
+        put_between(PAGE, MARKS, table(result["rows"], result["machine"]))
+        return
     parser = argparse.ArgumentParser(prog="python -m bench.presets", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PRESETS, nargs="+", default=["edge", "compact", "base"],
                         help="default: edge compact base; large takes 8 GB")  # fmt: skip
