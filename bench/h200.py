@@ -1,4 +1,4 @@
-"""python -m bench.h200 FILE: the rows of the package's first run on a GPU, as a result and as a table of docs/benchmarks.md.
+"""python -m bench.h200 FILE: the rows of the package's first run on a GPU, as a result and in docs/benchmarks.md.
 
 FILE is the log of that run: one JSON object with the machine's facts and a flat list of rows, each naming its work
 under "knn", "gather", "route", .. and its peers under "peer". Times are medians in milliseconds, the L2 cache

@@ -56,7 +56,7 @@ class Page:
         """What the lines of `dfn` print; other lines are other tests', or the reader's."""
         from dfn import cli
 
-        out = io.StringIO()
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
         for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] != ["dfn"] or "--help" in words:
@@ -67,7 +67,7 @@ class Page:
                     status = cli.main([*words[1:], *few_steps(words)])
                 if status:
                     self.wrong.append(f"{where}: {line} ends with {status}")
-        return out.getvalue()
+        return out.buffer.getvalue().decode()
 
 
 def few_steps(words: list[str]) -> list[str]:
