@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = add("reconstruct", reconstruct, "rebuild a file of which a share is hidden, by a masked run")
     add_files(one, one=True)
-    one.add_argument("--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt")
+    one.add_argument("--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt, in the folder of the run")
 
     one = add("eval", evaluate, "judge a trained run, or train one and judge it")
     one.add_argument("what", choices=JUDGED, metavar="WHAT", help=", ".join(JUDGED))
@@ -261,10 +261,10 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     values, figures = using.reconstruct(run, arguments.files[0], arguments.seed)
     show(figures)
     if values.dtype == torch.int64:
-        out = arguments.out or Path("rebuilt.txt")
+        out = arguments.out or arguments.run / "rebuilt.txt"
         out.write_bytes(bytes(values.tolist()))
     else:
-        out = arguments.out or Path("rebuilt.png")
+        out = arguments.out or arguments.run / "rebuilt.png"
         write_picture(out, values)
     print(out)
 

@@ -67,7 +67,7 @@ class Page:
                     status = cli.main([*words[1:], *few_steps(words)])
                 if status:
                     self.wrong.append(f"{where}: {line} ends with {status}")
-        return out.buffer.getvalue().decode()
+        return out.buffer.getvalue().decode("utf-8", "replace")
 
 
 def few_steps(words: list[str]) -> list[str]:
