@@ -111,13 +111,12 @@ def _drift(states, positions, weight, bias, alpha, query_weight, query_bias) -> 
         drift = drift_heads(states, positions, weight, bias, alpha)
         return drift, None if query_bias is None else drift.positions + query_bias[:, None]
     H = weight.shape[0]
-    if bias is not None or query_bias is not None:
-        nothing = weight.new_zeros(weight.shape[:2])
-        bias = torch.cat([nothing if bias is None else bias, nothing if query_bias is None else query_bias])
     both = drift_heads(
-        states, torch.cat([positions, positions], 1), torch.cat([weight, query_weight]), bias, torch.cat([alpha, alpha])
-    )
-    return Drift(*(x[:, :H] for x in both)), both.positions[:, H:]
+        states, torch.cat([positions, positions], 1), torch.cat([weight, weight + query_weight]),
+        None if bias is None else torch.cat([bias, bias]), torch.cat([alpha, alpha]),
+    )  # fmt: skip
+    queries = both.positions[:, H:]
+    return Drift(*(x[:, :H] for x in both)), queries if query_bias is None else queries + query_bias[:, None]
 
 
 def _search(points, queries, extra, k, causal, include_self, lengths, warm, ptr) -> Neighbors:
@@ -173,9 +172,9 @@ def flow_attention(
 
     ``flow = flow_weight @ states + flow_bias``, ``p' = positions + alpha * flow``,
     ``context[i] = sum(w[j] * exp(-|q[i] - p'[j]|^2 / (2 * sigma^2)) * values[j] for j in N_k(i))``, where N_k(i) are
-    the k entities nearest to q[i], as `knn` orders them. Without more q is p'; with ``query_weight`` the receiving
-    side drifts on its own, ``q = positions + alpha * (query_weight @ states + query_bias)``; ``query_bias`` alone
-    shifts it, ``q = p' + query_bias``. See `flow_drift`, `knn` and `gaussian_gather` for the parts.
+    the k entities nearest to q[i], as `knn` orders them. The receiving side may stand elsewhere,
+    ``q = p' + alpha * (query_weight @ states) + query_bias``; without those two q is p'. See `flow_drift`, `knn` and
+    `gaussian_gather` for the parts.
 
     Args:
         states: ``[N, d]`` or ``[B, N, d]``.

@@ -3,7 +3,7 @@
 from .decoding import Decoder
 from .field_models import DFNClassifier, DFNFieldModel
 from .language import ABLATIONS, DFNLanguageModel, ablated, sample
-from .layers import DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
+from .layers import FIRST_BLOCK, DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
 from .memory import MemoryState, PersistentFieldMemory
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Decoder",
     "DynamicFlowAttention",
     "EntityPositions",
+    "FIRST_BLOCK",
     "FlowMixer",
     "FlowNorm",
     "MemoryState",

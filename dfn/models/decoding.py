@@ -90,6 +90,7 @@ class Seen:
         if not attention.normalize:
             raise ValueError("Decoder: the model's blocks must have normalize=True, got False")
         self.search, self.values, self.energy = search, values, energy  # [S, capacity, c]; float64 [B]
+        self.loudness: Tensor | None = None  # [S, capacity, 1], logarithms of the learned influence
         sigma = attention.log_sigma.exp()
         sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
         self.scale = -0.5 / sigma.clamp(*WIDTHS[sigma.dtype]).square()[:, None]  # [H, 1]
@@ -102,11 +103,14 @@ class Seen:
         influence = influence.flatten(0, 1).to(self.scale.dtype)
         self.extra = points.flatten(0, 1).contiguous(), values.flatten(0, 1), influence.log()
 
-    def read(self, point: Tensor, query: Tensor, value: Tensor, count: Tensor) -> Tensor:
-        """Adds an entity, ``[S, D]`` and ``[S, c]``, and gives what it reads, ``[S, c]``."""
+    def read(self, point: Tensor, query: Tensor, value: Tensor, loudness: Tensor | None, count: Tensor) -> Tensor:
+        """Adds an entity, ``[S, D]``, ``[S, c]`` and ``[S, 1]``, and gives what it reads, ``[S, c]``."""
         self.values.index_copy_(1, count, value[:, None])
         indices, sq_dists = self.search(point, query, count)
         values, weights = rows_of(self.values, indices), None
+        if loudness is not None:
+            self.loudness.index_copy_(1, count, loudness[:, None])
+            weights = rows_of(self.loudness, indices)[..., 0]
         if self.extra is not None:
             points, held, log_influence = self.extra
             more = knn(points, self.search.k, queries=query[:, None])
@@ -114,7 +118,8 @@ class Seen:
             order, sq_dists = order[:, : self.search.k], sq_dists[:, : self.search.k]
             values = rows_of(torch.cat([values, rows_of(held, more.indices[:, 0])], 1), order)
             known = log_influence.gather(1, more.indices[:, 0].clamp(min=0))
-            weights = torch.cat([torch.zeros_like(indices, dtype=known.dtype), known], 1).gather(1, order)
+            own = torch.zeros_like(indices, dtype=known.dtype) if weights is None else weights
+            weights = torch.cat([own, known], 1).gather(1, order)
         squares = (sq_dists - sq_dists[:, :1]).view(-1, len(self.scale), sq_dists.shape[1])  # the nearest is first
         logits = (squares * self.scale).flatten(0, 1)
         if weights is not None:
@@ -184,6 +189,9 @@ class Decoder:
             points, values = drift.positions.flatten(0, 1), a.split(a.value(s)).flatten(0, 1)
             energy = drift.energy.sum(1, dtype=torch.float64).cumsum(1)  # [B, N]
             seen = Seen(a, search(points, a.k, self.capacity), padded(values, self.capacity), energy[:, -1])
+            if a.salience is not None:
+                loudness = a.log_influence(s).transpose(1, 2).flatten(0, 1)
+                seen.loudness = padded(loudness[..., None], self.capacity)
             if memory is not None:
                 seen.remember(a, memory)
             self.seen.append(seen)
@@ -204,8 +212,12 @@ class Decoder:
             a, s = block.attention, block.norm(states)
             flow = applied(a.flow, s).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
+            query = positions + a.offset
+            if a.receiver is not None:
+                query = query + a.alpha[:, None] * applied(a.receiver, s).view_as(positions)
             value = a.value(s).view(-1, self.seen[0].values.shape[2])
-            y = seen.read(positions.flatten(0, 1), (positions + a.offset).flatten(0, 1), value, self.count)
+            loudness = None if a.salience is None else a.log_influence(s).view(-1, 1)
+            y = seen.read(positions.flatten(0, 1), query.flatten(0, 1), value, loudness, self.count)
             seen.energy += flow.square().sum((1, 2), dtype=torch.float64)
             states = updated(block, states, s, y.view_as(s), seen.energy / after)
         self.count += 1
@@ -215,6 +227,7 @@ class Decoder:
         self.capacity, self.graph = capacity, None
         for seen in self.seen:
             seen.values = padded(seen.values, capacity)
+            seen.loudness = None if seen.loudness is None else padded(seen.loudness, capacity)
             seen.search.reserve(capacity)
 
     def _capture(self, ids: Tensor) -> None:

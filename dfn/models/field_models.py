@@ -10,7 +10,7 @@ from dfn_kernels._checks import are_sizes
 from ..fields.field import Field, TextField
 from ..fields.sampler import Entities, UniformSampler
 from ..training.losses import MeanStateHead, contrastive, field_reconstruction, mean_state
-from .layers import DFNBlock, check_shape, recommended_heads
+from .layers import FIRST_BLOCK, DFNBlock, check_shape, recommended_heads
 from .linears import dtype_of
 
 
@@ -20,6 +20,8 @@ class FieldPositions(nn.Module):
     Spatial heads start from where the entity is in its field, at a learned scale; semantic heads, one in four, from a
     small linear map of its state. Coordinates that the field does not have are such a map in every head.
     """
+
+    geometry = ("log_scale",)  # see `parameter_groups`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, scale: float = 4.0, std: float = 0.05):
         super().__init__()
@@ -68,7 +70,8 @@ class DFNFieldModel(nn.Module):
         self.where = nn.ModuleDict({kind: nn.Linear(2 * pos_dim, dim, bias=False) for kind in channels})
         self.masked = nn.ParameterDict({kind: nn.Parameter(0.02 * torch.randn(dim)) for kind in channels})
         self.positions = FieldPositions(dim, heads, pos_dim)
-        self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k) for _ in range(layers))
+        # What won on text has not been tried on fields.
+        self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, **FIRST_BLOCK) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.values = nn.ModuleDict({kind: nn.Linear(dim, c) for kind, c in channels.items()})
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))

@@ -19,7 +19,7 @@ class DFNLanguageModel(nn.Module):
     """A causal language model: every token is an entity, which drifts through ``layers`` blocks.
 
     ``x = E[ids]``, positions from `EntityPositions`, then `DFNBlock` after `DFNBlock`, each moving the entities on
-    from where the one before left them, and ``logits = W LayerNorm(x) + b``. There is no limit on the length: time is
+    from where the one before left them, and ``logits = W RMSNorm(x)``. There is no limit on the length: time is
     a coordinate.
 
     With a memory the last block reads ``memory_size`` entities of a `PersistentFieldMemory` together with the
@@ -31,7 +31,8 @@ class DFNLanguageModel(nn.Module):
         vocab_size: V; 256 for bytes. dim: d. layers, heads: H. pos_dim: D. k: neighbours per head.
         memory_size: M, entities of the memory; 0 is none.
         block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`. Its
-            ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too.
+            ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too; without it
+            ``output_scale`` is ``(2 layers)^-1/2``. `FIRST_BLOCK` are those of models saved before December 2026.
 
     Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
     ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
@@ -51,12 +52,13 @@ class DFNLanguageModel(nn.Module):
         options = dict(block_options or {})
         self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
                            memory_size=memory_size, block_options=options)  # fmt: skip
+        options = {"output_scale": (2 * layers) ** -0.5, **options}
         self.embed = nn.Embedding(vocab_size, dim)
         self.positions = EntityPositions(dim, heads, pos_dim, semantic=options.get("semantic"))
         self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, causal=True, **options) for _ in range(layers))
         self.dropout = nn.Dropout(options.get("dropout", 0.0))
-        bias = options.get("bias", True)
-        self.norm = make_norm(options.get("norm", "layer"), dim, bias)
+        bias = options.get("bias", False)
+        self.norm = make_norm(options.get("norm", "rms"), dim, bias)
         self.head = nn.Linear(dim, vocab_size, bias=bias)
         self.memory = None
         if memory_size:

@@ -28,6 +28,12 @@ def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: st
         raise ValueError(f"{owner}: {name} must be a multiple of heads, got {dim} and {heads}")
 
 
+LOUDEST = 8.0  # the largest logarithm of a learned influence
+
+# Options of the block that was the default of language models until November 2026, and is that of field models.
+FIRST_BLOCK = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, receiver_flow=False, salience=False)
+
+
 class FlowNorm(nn.Module):
     """``FlowNorm(s_i) = s_i / sqrt(E[|f|^2] + eps)``: states divided by the root of their mean flow energy.
 
@@ -87,7 +93,7 @@ class DFNLayer(nn.Module):
     def forward(
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        moving, weight, bias = operands(self.flow, states)
+        moving, (weight,), (bias,) = operands(states, self.flow)
         context, drift, _ = flow_attention(
             moving, positions, weight, self.value(states), self.sigma, self.k, flow_bias=bias,
             alpha=self.alpha, influence=influence, causal=self.causal, lengths=lengths,
@@ -138,15 +144,21 @@ class EntityPositions(nn.Module):
 
     Positions are a linear map of the states, small at the start (standard deviation ``std``: large ones would swamp
     the flow). In temporal heads coordinate 0 is the entity's number in the sequence times the head's learned time
-    scale instead; semantic heads have no time.
+    scale instead; semantic heads have no time. With ``grid``, the sizes of a picture's axes, the entities are its cells
+    in row-major order: in place of time stands where a cell lies, a coordinate for each axis (``grid=(8, 8)``: row and
+    column).
     """
 
-    undecayed = ("place.weight",)  # see `Trainer`
+    undecayed, geometry = ("place.weight",), ("log_scale",)  # see `parameter_groups`
 
-    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None):
+    def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, *, std: float = 0.05, semantic: int | None = None,
+                 grid: tuple[int, ...] | None = None):  # fmt: skip
         super().__init__()
         are_sizes("EntityPositions", dim=dim, heads=heads, pos_dim=pos_dim)
-        self.heads, self.pos_dim = heads, pos_dim
+        are_sizes("EntityPositions", **{f"grid[{axis}]": size for axis, size in enumerate(grid or ())})
+        if grid is not None and not 1 <= len(grid) <= pos_dim:
+            raise ValueError(f"EntityPositions: grid must have 1 to pos_dim = {pos_dim} axes, got {len(grid)}")
+        self.heads, self.pos_dim, self.grid = heads, pos_dim, None if grid is None else tuple(grid)
         scales = recommended_heads(heads, semantic).time_scale
         self.semantic = scales.count(0.0)  # the semantic heads come first
         self.place = nn.Linear(dim, heads * pos_dim)
@@ -154,39 +166,59 @@ class EntityPositions(nn.Module):
         nn.init.zeros_(self.place.bias)
         self.log_scale = nn.Parameter(torch.tensor(scales[self.semantic :]).log())  # [temporal heads]
 
-    def forward(self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None) -> Tensor:
-        """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``."""
+    def forward(
+        self, states: Tensor, start: int | Tensor = 0, ptr: Tensor | None = None, number: Tensor | None = None
+    ) -> Tensor:
+        """``start``, a number or a tensor of one, is the number of the first entity; of each sequence with ``ptr``.
+
+        ``number``, int64 ``[B, N]``: the numbers of the entities instead, in any order.
+        """
         B, N, _ = states.shape
         places = applied(self.place, states).view(B, N, self.heads, self.pos_dim).transpose(1, 2)
-        number = torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N)
-        time = self.log_scale.to(places.dtype).exp()[:, None] * (start + number)
-        first = torch.cat([places[:, : self.semantic, :, 0], time.expand(B, -1, -1)], 1)
-        return torch.cat([first[..., None], places[..., 1:]], -1)
+        if number is None:
+            number = start + (torch.arange(N, device=states.device) if ptr is None else place_in_set(ptr, N))
+        cells = self._cells(number)
+        time = self.log_scale.to(places.dtype).exp()[:, None, None] * cells.unsqueeze(-3)  # [(B,) heads, N, axes]
+        axes = cells.shape[-1]
+        first = torch.cat([places[:, : self.semantic, :, :axes], time.expand(B, -1, -1, -1)], 1)
+        return torch.cat([first, places[..., axes:]], -1)
+
+    def _cells(self, number: Tensor) -> Tensor:
+        """``[.., N] -> [.., N, axes]``: where the entities lie; along the first axis they may go on without end."""
+        cells = []
+        for size in reversed((self.grid or (1,))[1:]):
+            cells.append(number % size)
+            number = number // size
+        return torch.stack([number, *reversed(cells)], -1)
 
 
 class DynamicFlowAttention(nn.Module):
     """The drift and the reading of a block: ``H`` heads, each with positions, a flow and a width of its own.
 
     For every head ``f_i = W_f s_i + b_f``, ``p_i' = p_i + alpha f_i``, and entity i looks around
-    ``q_i = p_i' + o``, where o is the head's learned receiver offset. It reads the mean of the values
-    ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``. The
-    heads' step lengths alpha and widths sigma are learned.
+    ``q_i = p_i' + alpha W_r s_i + o``: what a receiver looks for follows from its state, and o is the head's learned
+    offset. It reads the mean of the values ``v_j = W_v s_j + b_v`` of its k nearest neighbours, weighted by
+    ``w_j exp(-|q_i - p_j'|^2 / (2 sigma^2))``, where an entity's influence ``w_j = exp(u s_j)`` (times the one given)
+    is learned, too. The heads' step lengths alpha and widths sigma are learned. W_r and u are small at the start, and 0
+    where an older checkpoint does not have them.
 
     For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so;
-    without ``normalize`` it reads the weighted sum instead of the mean. Without ``bias`` there are no b_f and b_v;
-    ``semantic`` as in `recommended_heads`; ``sigma`` multiplies the widths at the start.
+    without ``receiver_flow`` there is no W_r, without ``salience`` no u; without ``normalize`` it reads the weighted
+    sum instead of the mean. Without ``bias`` there are no b_f and b_v; ``semantic`` as in `recommended_heads`;
+    ``sigma`` multiplies the widths at the start.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
     ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
     to everybody; its positions ``[B, M, H * D]`` are those of the heads side by side, its states ``[B, M, d]`` pass
-    through W_v.
+    through W_v and u.
     """
 
-    undecayed = ("offset",)  # see `Trainer`
+    undecayed, geometry = ("offset",), ("offset", "log_sigma", "alpha")  # see `parameter_groups`
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 flow: bool = True, receiver_drift: bool = True, normalize: bool = True, bias: bool = True,
-                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
+                 flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True, salience: bool = True,
+                 normalize: bool = True, bias: bool = True, semantic: int | None = None,
+                 sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DynamicFlowAttention", dim, heads, pos_dim, k)
         self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
@@ -195,9 +227,15 @@ class DynamicFlowAttention(nn.Module):
         self.normalize, start = normalize, recommended_heads(heads, semantic)
         self.flow = nn.Linear(dim, heads * pos_dim, bias=bias)
         self.value = nn.Linear(dim, dim, bias=bias)
+        self.receiver = nn.Linear(dim, heads * pos_dim, bias=False) if receiver_flow else None
+        self.salience = nn.Linear(dim, heads, bias=False) if salience else None
         self.alpha = nn.Parameter(torch.tensor(start.alpha))
         self.log_sigma = nn.Parameter((sigma * torch.tensor(start.sigma)).log())
         self.offset = nn.Parameter(torch.tensor(start.offset)[:, None] * torch.eye(1, pos_dim))  # [H, D]
+        with torch.no_grad():  # near 0, not 0: a weight norm divides by their length
+            for linear in filter(None, (self.receiver, self.salience)):
+                linear.weight *= 0.1
+        self.register_load_state_dict_pre_hook(with_what_came_later)
         for p in [*([] if flow else self.flow.parameters()), *([] if receiver_drift else [self.offset])]:
             nn.init.zeros_(p).requires_grad_(False)
 
@@ -207,13 +245,27 @@ class DynamicFlowAttention(nn.Module):
     ) -> tuple[Tensor, Drift]:  # fmt: skip
         H, D = self.heads, self.pos_dim
         extra = {} if memory is None else self.entities(memory)
-        moving, weight, bias = operands(self.flow, states)
+        moving, weights, (bias, *_) = operands(states, *filter(None, (self.flow, self.receiver)))
+        weight, *receiver = (w.view(H, D, -1) for w in weights)
         context, drift, _ = flow_attention(
-            moving, positions, weight.view(H, D, -1), self.split(self.value(states)), self.log_sigma.exp(), self.k,
-            flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha, query_bias=self.offset,
-            influence=influence, causal=self.causal, lengths=lengths, normalize=self.normalize, ptr=ptr, **extra,
+            moving, positions, weight, self.split(self.value(states)), self.log_sigma.exp(), self.k,
+            flow_bias=None if bias is None else bias.view(H, D), alpha=self.alpha,
+            query_weight=receiver[0] if receiver else None, query_bias=self.offset,
+            influence=self.influence(states, influence), causal=self.causal, lengths=lengths,
+            normalize=self.normalize, ptr=ptr, **extra,
         )  # fmt: skip
         return context.transpose(1, 2).flatten(2), drift
+
+    def influence(self, states: Tensor, given: Tensor | None = None) -> Tensor | None:
+        """What entities weigh, ``given [B, N]`` times ``exp(u s)``: ``[B, H, N]``; without u the given influence."""
+        if self.salience is None:
+            return given
+        learned = self.log_influence(states).exp().transpose(1, 2)
+        return learned if given is None else learned * given.to(learned.dtype)[:, None]
+
+    def log_influence(self, states: Tensor) -> Tensor:
+        """``u s``, held between -8 and 8: ``[.., d] -> [.., H]``."""
+        return applied(self.salience, states).clamp(-LOUDEST, LOUDEST)
 
     def split(self, values: Tensor) -> Tensor:
         """``[B, N, d] -> [B, H, N, d / H]``, a view."""
@@ -221,18 +273,30 @@ class DynamicFlowAttention(nn.Module):
 
     def entities(self, memory: MemoryState) -> dict[str, Tensor]:
         """A memory as the extra entities of `flow_attention`."""
+        states = memory.states.to(dtype_of(self.value))
+        influence = self.influence(states, memory.influence)
         return dict(
             extra_positions=memory.positions.unflatten(-1, (self.heads, self.pos_dim)).transpose(1, 2),
-            extra_values=self.split(self.value(memory.states.to(dtype_of(self.value)))),
-            extra_influence=memory.influence[:, None].expand(-1, self.heads, -1),
+            extra_values=self.split(self.value(states)),
+            extra_influence=influence if influence.ndim == 3 else influence[:, None].expand(-1, self.heads, -1),
         )
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pos_dim={self.pos_dim}, k={self.k}, causal={self.causal}"
 
 
+def with_what_came_later(attention: DynamicFlowAttention, state: dict, prefix: str, *_) -> None:
+    """A checkpoint from before there were W_r and u: it is the same model with zeros there."""
+    if prefix + "offset" not in state:
+        return
+    for name in ("receiver", "salience"):
+        linear = getattr(attention, name)
+        if isinstance(linear, nn.Linear) and not any(key.startswith(f"{prefix}{name}.") for key in state):
+            state[f"{prefix}{name}.weight"] = torch.zeros_like(linear.weight)
+
+
 class DFNBlock(nn.Module):
-    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = LayerNorm(x)``.
+    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = RMSNorm(x)``.
 
     y is what `DynamicFlowAttention` reads for s. Two paths lead from y to the output: a linear one, without which
     associative recall fails, and the MLP, which FlowNorm scales by the energy of the flow, summed over the heads
@@ -243,10 +307,11 @@ class DFNBlock(nn.Module):
         k: neighbours that a head reads from.
         causal: an entity reads only from itself and earlier ones; no later entity changes a bit of an earlier output.
         norm_eps: eps of FlowNorm.
-        flow, receiver_drift, flow_norm: False switches off the drift of the entities, the receiver's offset (see
-            `DynamicFlowAttention`), or FlowNorm, to see what they are worth.
-        mlp: "gelu", 2 d wide, or "swiglu" of as many weights. norm: "layer" or "rms". bias: of all linear maps and the
-            LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
+        flow, receiver_drift, receiver_flow, salience, flow_norm: False switches off the drift of the entities, the
+            receiver's offset or its flow, the learned influence (see `DynamicFlowAttention`), or FlowNorm, to see what
+            they are worth.
+        mlp: "swiglu", or "gelu", 2 d wide and of as many weights. norm: "rms" or "layer". bias: of all linear maps and
+            the LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
             at the start. dropout: the share of what is added that is left out in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
 
@@ -258,10 +323,10 @@ class DFNBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
-                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, flow_norm: bool = True,
-                 normalize: bool = True, mlp: str = "gelu", norm: str = "layer", bias: bool = True,
-                 output_scale: float = 1.0, dropout: float = 0.0, semantic: int | None = None,
-                 sigma: float = 1.0):  # fmt: skip
+                 norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True,
+                 salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "swiglu",
+                 norm: str = "rms", bias: bool = False, output_scale: float = 1.0, dropout: float = 0.0,
+                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
         for name, value, known in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("layer", "rms"))):
@@ -269,8 +334,9 @@ class DFNBlock(nn.Module):
                 raise ValueError(f"DFNBlock: {name} must be one of {', '.join(known)}, got {value!r}")
         self.norm = make_norm(norm, dim, bias)
         self.attention = DynamicFlowAttention(
-            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift, normalize=normalize,
-            bias=bias, semantic=semantic, sigma=sigma,
+            dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift,
+            receiver_flow=receiver_flow, salience=salience, normalize=normalize, bias=bias, semantic=semantic,
+            sigma=sigma,
         )  # fmt: skip
         self.out = nn.Linear(dim, dim, bias=False)
         if mlp == "gelu":
@@ -311,6 +377,11 @@ class FlowMixer(nn.Module):
     count as time, and its outputs are 0. ``ptr``, int64 ``[S + 1]``, instead of it: the offsets of S sequences packed
     along N, ascending from 0 to N. Each comes out as it would alone; time begins again with each.
 
+    ``grid``, for pictures: the sizes of the axes whose cells, row-major, are the N rows of x: neighbours are then those
+    in the picture, a padded cell leaves the others where they are, and with ``ptr`` a grid begins with each sequence.
+    Where something lies in the picture the mixer does not say: a classifier wants position embeddings added to x, as
+    with self-attention.
+
     It has the attributes and the call of `nn.MultiheadAttention` with ``batch_first=True``, so that it can be the
     ``self_attn`` of an `nn.TransformerEncoderLayer`, ::
 
@@ -324,11 +395,12 @@ class FlowMixer(nn.Module):
 
     batch_first, dropout, in_proj_bias, _qkv_same_embed_dim = True, 0.0, None, True  # asked for by those modules
 
-    def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3):
+    def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3,
+                 grid: tuple[int, ...] | None = None):  # fmt: skip
         super().__init__()
         check_shape("FlowMixer", d_model, heads, pos_dim, k, "d_model")
         self.embed_dim, self.num_heads = d_model, heads
-        self.positions = EntityPositions(d_model, heads, pos_dim)
+        self.positions = EntityPositions(d_model, heads, pos_dim, grid=grid)
         self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -366,6 +438,9 @@ class FlowMixer(nn.Module):
             raise ValueError(f"FlowMixer: attn_mask must be causal, [N, N] with N = {N}, got {list(attn_mask.shape)}")
 
     def _mix(self, x: Tensor, key_padding_mask: Tensor | None, ptr: Tensor | None) -> Tensor:
+        grid = self.positions.grid
+        if grid is not None and ptr is None and x.shape[1] != math.prod(grid):
+            raise ValueError(f"FlowMixer: x must have the {math.prod(grid)} cells of grid {grid}, got {x.shape[1]}")
         if key_padding_mask is None:
             return self.out(self.attention(x, self.positions(x, ptr=ptr), ptr=ptr)[0])
         if ptr is not None:
@@ -376,10 +451,11 @@ class FlowMixer(nn.Module):
             want, got = list(x.shape[:2]), list(key_padding_mask.shape)
             raise ValueError(f"FlowMixer: key_padding_mask must have shape {want}, got {got}")
         # Entities first, padding last, each in its order: the ops know padding as a length.
-        order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
-        lengths = (~key_padding_mask).sum(1)
+        first = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order, lengths = first[..., None].expand_as(x), (~key_padding_mask).sum(1)
         x = x.masked_fill(key_padding_mask[..., None], 0.0).gather(1, order)
-        y = self.out(self.attention(x, self.positions(x), None, lengths)[0])
+        places = self.positions(x, number=None if grid is None else first)
+        y = self.out(self.attention(x, places, None, lengths)[0])
         return torch.zeros_like(y).scatter(1, order, y)
 
 

@@ -40,16 +40,18 @@ def applied(linear: nn.Module, x: Tensor) -> Tensor:
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
-def operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States, weight and bias of ``linear(x)`` for an op that takes the product itself.
+def operands(x: Tensor, *linears: nn.Module) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """States, and weights and biases of ``linear(x)`` for an op that takes the products itself.
 
-    What is not plain is called, and the op multiplies the result by an identity: small beside the layer, and the op's
-    other outputs and gradients stay as they are.
+    If one of them is not plain all are called, and the op multiplies the results by slices of an identity: small beside
+    the layers, and the op's other outputs and gradients stay as they are.
     """
-    if is_plain(linear):
-        return x, linear.weight, linear.bias
-    y = applied(linear, x)
-    return y, torch.eye(y.shape[-1], dtype=y.dtype, device=y.device), None
+    if all(map(is_plain, linears)):
+        return x, [linear.weight for linear in linears], [linear.bias for linear in linears]
+    results = [applied(linear, x) for linear in linears]
+    sizes = [y.shape[-1] for y in results]
+    identity = torch.eye(sum(sizes), dtype=results[0].dtype, device=x.device)
+    return torch.cat(results, -1), list(identity.split(sizes)), [None] * len(linears)
 
 
 def is_torchao(weight: object) -> bool:

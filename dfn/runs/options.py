@@ -42,10 +42,13 @@ class Options:
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
+    block: str = option("recommended", "of a language model: today's, or that of runs begun before December 2026",
+                        choices=("recommended", "first"))  # fmt: skip
     dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps over which it rises", 0)
     weight_decay: float = option(0.01, "of the matrices", 0)
+    geometry_rate: float = option(1.0, "step length of the heads' widths, offsets and time scales, times lr", 1e-3)
     clip: float = option(1.0, "largest norm of the gradient", 0)
     dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
     keep: str = option("last", "the weights to end with: the last, or the best held out", choices=("last", "best"))
@@ -80,7 +83,7 @@ class Options:
             raise CheckpointError(f"{where} has an option that is not known here: {unknown[0]}")
         if kept.get("kind") not in KINDS:
             raise CheckpointError(f"{where} is of a kind that is not known here: {kept.get('kind')}")
-        return cls(**kept)
+        return cls(**{"block": "first", **kept})  # older checkpoints do not say
 
     def _check(self) -> None:
         for f in fields(self)[1:]:
@@ -100,11 +103,11 @@ class Options:
         if self.memory_size and self.accumulate > 1:
             raise UsageError(f"accumulate must be 1 with a memory, got {self.accumulate}")
 
-    def block(self) -> dict:
+    def shape(self) -> dict:
         """The arguments that all models share."""
         return {name: getattr(self, name) for name in SHAPE}
 
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
-OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "dropout")
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "dropout")

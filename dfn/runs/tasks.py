@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..fields.sampler import Entities
 from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
+from ..models.layers import FIRST_BLOCK
 from ..models.memory import MemoryState
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus, packed_batches
@@ -104,7 +105,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
-    own = ("data", "length", "memory_size", "pack", "without", "dropout")
+    own = ("data", "length", "memory_size", "pack", "without", "block", "dropout")
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
 
@@ -118,8 +119,8 @@ class Text(Task):
 
     def model(self) -> DFNLanguageModel:
         o = self.options
-        options = {"dropout": o.dropout} if o.dropout else {}
-        config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.block())
+        options = {**(FIRST_BLOCK if o.block == "first" else {}), **({"dropout": o.dropout} if o.dropout else {})}
+        config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.shape())
         return DFNLanguageModel(**(ablated(config, o.without) if o.without else config))
 
     def batch(self, generator, held_out=False):
@@ -193,7 +194,7 @@ class Digits(Task):
         return digits.digits()
 
     def model(self):
-        return DFNClassifier(9, 10, **self.options.block())
+        return DFNClassifier(9, 10, **self.options.shape())
 
     def batch(self, generator, held_out=False):
         pictures, labels = self.split[held_out]
@@ -232,7 +233,7 @@ class FieldTask(Task):
         return load_crops(self.options.field, self.options.data, self.options.size)
 
     def model(self):
-        return DFNFieldModel({"field": channels_of(self.options.field, self.patch)}, **self.options.block())
+        return DFNFieldModel({"field": channels_of(self.options.field, self.patch)}, **self.options.shape())
 
     def entities(self, field, generator) -> Entities:
         return sampler_of(self.options.field, self.patch)(field, self.options.entities, generator)
@@ -312,7 +313,7 @@ class Joint(Task):
         return joint.Triples(self.options.data, self.options.size, self.options.length)
 
     def model(self):
-        return DFNFieldModel(joint.CHANNELS, **self.options.block())
+        return DFNFieldModel(joint.CHANNELS, **self.options.shape())
 
     def batch(self, generator, held_out=False):
         fields = self.world.fields(self.options.batch, generator, held_out)

@@ -160,7 +160,7 @@ def positive(text: str) -> int:
 
 
 def asked(arguments: argparse.Namespace, *beside: str) -> dict:
-    """What decides how a study ends. How many seeds and what is compared may grow, so they do not count."""
+    """What decides how a study ends. How many seeds and what is tried may grow, so they do not count."""
     left_out = {"out", "seeds", "quiet", "threads", "config", "command", "study", *beside}
     return {name: value for name, value in vars(arguments).items() if name not in left_out}
 

@@ -12,7 +12,7 @@ from .sources import SplitText, beside, bits_by_place, split_by_content
 
 # Of the DFN, about so many parameters with 256 bytes; the others are fitted to it.
 SIZES = {
-    "0.1M": dict(dim=64, layers=2), "0.3M": dict(dim=96, layers=3), "1M": dict(dim=160, layers=4),
+    "0.1M": dict(dim=64, layers=2), "0.3M": dict(dim=88, layers=4), "1M": dict(dim=160, layers=4),
     "2.3M": dict(dim=256, layers=4), "13M": dict(dim=512, layers=6, heads=8),
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
     split = split_by_content(arguments.data)
     judged = split.held_out[: arguments.judged]
-    study = Study("language", arguments.out, asked(arguments, "data", "models"), split.facts(judged),
+    study = Study("language", arguments.out, asked(arguments, "data", "models", "rates"), split.facts(judged),
                   evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
     study.found.setdefault("beside", beside(split, judged))
     config = dfn_config(arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..models.language import DFNLanguageModel, ablated
-from ..models.layers import count_parameters
+from ..models.layers import FIRST_BLOCK, count_parameters
 from ..runs.bits import streamed_bits
 from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
@@ -45,21 +45,20 @@ LEFT_OUT: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "flow": ("no flow", lambda c: ablated(c, "flow")),
     "memory": ("no memory", lambda c: ablated(c, "memory")),
     "flow_norm": ("no FlowNorm", lambda c: ablated(c, "flow_norm")),
-    "receiver_drift": ("no receiver drift", lambda c: ablated(c, "receiver_drift")),
+    "receiver_drift": ("no receiver's offset", lambda c: ablated(c, "receiver_drift")),
+    "receiver_flow": ("no receiver's flow", lambda c: block(c, receiver_flow=False)),
+    "salience": ("no learned influence", lambda c: block(c, salience=False)),
     "heads": ("one head", lambda c: ablated(c, "heads")),
     "semantic": ("no semantic head", lambda c: block(c, semantic=0)),
     "normalize": ("weights not normalised", lambda c: block(c, normalize=False)),
 }
 CANDIDATES: dict[str, tuple[str, Callable[[dict], dict]]] = {
     **{f"k{k}": (f"k = {k}", lambda c, k=k: {**c, "k": k}) for k in (4, 8, 16, 32)},
-    "swiglu": ("SwiGLU", lambda c: block(c, mlp="swiglu")),
-    "rms": ("RMSNorm", lambda c: block(c, norm="rms")),
-    "bias": ("no biases", lambda c: block(c, bias=False)),
-    "output": ("output maps start smaller", lambda c: block(c, output_scale=(2 * c["layers"]) ** -0.5)),
-    "modern": (
-        "the last four together",
-        lambda c: block(c, mlp="swiglu", norm="rms", bias=False, output_scale=(2 * c["layers"]) ** -0.5),
-    ),
+    "gelu": ("GELU in place of SwiGLU", lambda c: block(c, mlp="gelu")),
+    "layer_norm": ("LayerNorm in place of RMSNorm", lambda c: block(c, norm="layer")),
+    "bias": ("biases", lambda c: block(c, bias=True)),
+    "output": ("output maps start as others do", lambda c: block(c, output_scale=1.0)),
+    "first": ("the block of before December 2026", lambda c: block(c, **FIRST_BLOCK)),
     "deeper": ("twice the layers, narrower", deeper),
     "semantic2": ("two semantic heads", lambda c: block(c, semantic=2)),
     "sigma0.5": ("half the sigma at the start", lambda c: block(c, sigma=0.5)),

@@ -130,7 +130,7 @@ def setting(pairs: int, zoology: bool) -> tuple[int, int]:
 
 def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
-    grows = ("models", "pairs", "dims", "depths")
+    grows = ("models", "pairs", "dims", "depths", "rates")
     settings = {pairs: setting(pairs, arguments.zoology) for pairs in arguments.pairs}
     study = Study("recall", arguments.out, asked(arguments, *grows), evaluations=arguments.evaluations,
                   progress=not arguments.quiet)  # fmt: skip

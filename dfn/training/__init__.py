@@ -3,7 +3,7 @@
 from .checkpoints import CheckpointError
 from .losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from .text import Corpus, batches, load_corpus
-from .trainer import History, NonFiniteLoss, Trainer, language_model_loss
+from .trainer import History, NonFiniteLoss, Trainer, language_model_loss, parameter_groups
 
 __all__ = [
     "CheckpointError",
@@ -18,4 +18,5 @@ __all__ = [
     "language_modelling",
     "load_corpus",
     "mean_state_loss",
+    "parameter_groups",
 ]

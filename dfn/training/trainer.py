@@ -92,13 +92,41 @@ class History:
         return cls(**whole, **real, evaluated=[(int(n), s, x) for n, s, x in tensors["evaluated"].tolist()])
 
 
+def parameter_groups(
+    model: nn.Module, lr: float = 2e-3, *, weight_decay: float = 0.01, geometry_rate: float = 1.0
+) -> list[dict]:
+    """Groups for an optimizer such as AdamW.
+
+    Matrices decay by ``weight_decay``; biases, gains, embeddings, positions and the scalars of the heads do not, nor do
+    the parameters that a module names in ``undecayed``. The geometry of the heads (widths, step lengths, time scales,
+    the receiver's offset: what modules name in ``geometry``) takes steps of ``geometry_rate * lr``: Adam moves a number
+    by about lr a step, and a head whose width is to change tenfold has a long way to go.
+    """
+    if not 0 < geometry_rate < math.inf:
+        raise ValueError(f"parameter_groups: geometry_rate must be positive and finite, got {geometry_rate}")
+
+    def named(attribute: str) -> set[int]:
+        return {id(m.get_parameter(n)) for m in model.modules() for n in getattr(m, attribute, ())}
+
+    kept = named("undecayed") | {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    fast = set() if geometry_rate == 1 else named("geometry")
+    slow = [p for p in model.parameters() if id(p) not in fast]
+    groups = [
+        {"params": [p for p in slow if p.ndim > 1 and id(p) not in kept], "weight_decay": weight_decay, "lr": lr},
+        {"params": [p for p in slow if p.ndim <= 1 or id(p) in kept], "weight_decay": 0.0, "lr": lr},
+    ]
+    if fast:
+        moving = [p for p in model.parameters() if id(p) in fast]
+        groups.append({"params": moving, "weight_decay": 0.0, "lr": geometry_rate * lr})
+    return groups
+
+
 class Trainer:
     """Trains a model for so many steps, or so many seconds, or whichever comes first.
 
     The step length rises over ``warmup`` steps to ``lr`` and falls along a cosine to ``final * lr`` at the end, where
-    the end is counted in steps or in seconds: a run of two minutes decays fully on a slow machine, too. Matrices
-    decay by ``weight_decay``; biases, gains, embeddings, positions and the scalars of the heads do not, nor do the
-    parameters that a module names in ``undecayed``.
+    the end is counted in steps or in seconds: a run of two minutes decays fully on a slow machine, too. What
+    ``weight_decay`` and ``geometry_rate`` are for: `parameter_groups`.
 
     Args:
         model: what to train. loss: ``(model, batch) -> 0-d Tensor``, the mean over the rows of the batch.
@@ -125,9 +153,9 @@ class Trainer:
     def __init__(
         self, model: nn.Module, *, loss: Callable[[nn.Module, tuple], Tensor] = language_model_loss,
         steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
-        weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), clip: float = 1.0, accumulate: int = 1,
-        autocast: torch.dtype | None = None, unit: str = "bits", partial: bool = True,
-        cuda_graph: bool | Literal["auto"] = "auto", say: Callable[[str], object] = print,
+        weight_decay: float = 0.01, geometry_rate: float = 1.0, betas: tuple[float, float] = (0.9, 0.99),
+        clip: float = 1.0, accumulate: int = 1, autocast: torch.dtype | None = None, unit: str = "bits",
+        partial: bool = True, cuda_graph: bool | Literal["auto"] = "auto", say: Callable[[str], object] = print,
     ):  # fmt: skip
         if steps is None and seconds is None:
             raise ValueError("Trainer: steps or seconds must be given")
@@ -138,21 +166,18 @@ class Trainer:
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
         self.step, self.elapsed, self.history = 0, 0.0, History()
         self.device = next(model.parameters()).device
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-        kept = embeddings | {id(m.get_parameter(n)) for m in model.modules() for n in getattr(m, "undecayed", ())}
-        matrix = [p for p in model.parameters() if p.ndim > 1 and id(p) not in kept]
-        other = [p for p in model.parameters() if p.ndim <= 1 or id(p) in kept]
-        groups = [{"params": matrix, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
+        groups = parameter_groups(model, lr, weight_decay=weight_decay, geometry_rate=geometry_rate)
+        self.rates = [1.0, 1.0, geometry_rate][: len(groups)]  # times the step length
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         self.graph: graphed.StepGraph | None = None
         self.warm, self.said, self.say = 0, set(), say
         self.cuda_graph = cuda_graph
         self.graphs = cuda_graph not in (False, None) and self._may_be_graphed(cuda_graph)
-        # A graph holds addresses, not numbers: the step length is a tensor then.
+        for group in groups if self.graphs else ():  # a graph holds addresses, not numbers
+            group["lr"] = torch.tensor(group["lr"], device=self.device)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=torch.tensor(lr, device=self.device) if self.graphs else lr, betas=betas, fused=True,
-            capturable=self.graphs and self.device.type == "cuda",
-        )  # fmt: skip
+            groups, betas=betas, fused=True, capturable=self.graphs and self.device.type == "cuda"
+        )
         self.run: nn.Module = _Loss(model, loss)
         if distributed():
             self.run = nn.parallel.DistributedDataParallel(self.run, find_unused_parameters=partial)
@@ -170,11 +195,11 @@ class Trainer:
 
     def train_step(self, batch: tuple) -> float:
         """One step; returns the loss. Raises NonFiniteLoss, and the parameters are what they were before."""
-        for group in self.optimizer.param_groups:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.learning_rate())
+                group["lr"].fill_(rate * self.learning_rate())
             else:
-                group["lr"] = self.learning_rate()
+                group["lr"] = rate * self.learning_rate()
         n = self.accumulate
         parts = [rows(batch, self.rank * n + i, self.processes * n) for i in range(n)]
         value, norm = (x.item() for x in (self._graphed(parts) if self.graphs else self._update(self._here(parts))))

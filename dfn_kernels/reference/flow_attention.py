@@ -39,9 +39,9 @@ def flow_attention(
     moved = positions + step * flow
     queries = moved
     if query_weight is not None:
-        queries = positions + step * project(query_weight, query_bias)
-    elif query_bias is not None:
-        queries = moved + query_bias.view(1, H, 1, D)
+        queries = queries + step * project(query_weight, None)
+    if query_bias is not None:
+        queries = queries + query_bias.view(1, H, 1, D)
 
     place = torch.arange(N, device=states.device)
     visible = torch.ones(B, 1, N, N, dtype=torch.bool, device=states.device)

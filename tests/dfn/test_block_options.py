@@ -9,13 +9,14 @@ from torch import nn
 from dfn.models.decoding import Decoder
 from dfn.models.feedforward import GatedMLP
 from dfn.models.language import DFNLanguageModel
-from dfn.models.layers import DFNBlock, EntityPositions, count_parameters, recommended_heads
+from dfn.models.layers import FIRST_BLOCK, DFNBlock, EntityPositions, count_parameters, recommended_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(vocab_size=19, dim=20, layers=2, heads=4, pos_dim=2, k=5)
 OPTIONS = [
-    dict(mlp="swiglu"), dict(norm="rms"), dict(bias=False), dict(output_scale=0.5), dict(semantic=0), dict(semantic=2),
-    dict(sigma=0.3), dict(normalize=False), dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, semantic=2),
+    dict(mlp="gelu"), dict(norm="layer"), dict(bias=True), dict(output_scale=0.7), dict(semantic=0), dict(semantic=2),
+    dict(sigma=0.3), dict(normalize=False), dict(receiver_flow=False), dict(salience=False),
+    FIRST_BLOCK, dict(mlp="gelu", norm="layer", bias=True, output_scale=0.7, semantic=2),
 ]  # fmt: skip
 
 
@@ -56,18 +57,33 @@ def test_sums_do_not_generate():
         model(normalize=False).generate(torch.zeros(1, 3, dtype=torch.long), 2)
 
 
-def test_defaults_are_what_they_were():
-    """The parameters, by name and order, of checkpoints that know no switches."""
-    names = [name for name, _ in model().named_parameters() if name.startswith("blocks.0.")]
+def test_defaults():
+    explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, semantic=None, sigma=1.0,
+                    normalize=True, receiver_flow=True, salience=True)  # fmt: skip
+    ids = torch.randint(19, (1, 9))
+    assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
+
+
+def test_first_block():
+    """The parameters, by name and order, of what was saved before the default changed."""
+    names = [name for name, _ in model(**FIRST_BLOCK).named_parameters() if name.startswith("blocks.0.")]
     inside = ["alpha", "log_sigma", "offset", "flow.weight", "flow.bias", "value.weight", "value.bias"]
     assert names == [f"blocks.0.{name}" for name in (
         "norm.weight", "norm.bias", *(f"attention.{name}" for name in inside), "out.weight", "mlp.0.weight",
         "mlp.0.bias", "mlp.2.weight", "mlp.2.bias",
     )]  # fmt: skip
-    explicit = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, dropout=0.0, semantic=None, sigma=1.0,
-                    normalize=True)  # fmt: skip
-    ids = torch.randint(19, (1, 9))
-    assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
+
+
+def test_older_weights():
+    """Weights without a receiver's flow and influence load, and say what they said; half of a layer does not."""
+    older, one, ids = model(receiver_flow=False, salience=False), model(), torch.randint(19, (2, 29))
+    one.load_state_dict(older.state_dict())
+    assert torch.equal(one(ids)[0], older(ids)[0])
+    assert one.blocks[0].attention.receiver.weight.abs().sum() == 0
+    state = model().state_dict()
+    del state["blocks.1.attention.offset"]
+    with pytest.raises(RuntimeError, match="Missing key.*blocks.1.attention.offset"):
+        one.load_state_dict(state)
 
 
 def test_no_biases():

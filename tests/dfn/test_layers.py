@@ -66,12 +66,14 @@ def plain_block(block: DFNBlock, x, p):
     s = block.norm(x)
     f = a.flow(s).view(B, N, a.heads, a.pos_dim).transpose(1, 2)
     p = p + a.alpha.view(1, -1, 1, 1) * f
-    q = p + a.offset[None, :, None]
+    r = a.receiver(s).view(B, N, a.heads, a.pos_dim).transpose(1, 2)
+    q = p + a.alpha.view(1, -1, 1, 1) * r + a.offset[None, :, None]
     squares = (q[:, :, :, None] - p[:, :, None]).square().sum(-1)
     future = torch.ones(N, N, dtype=torch.bool).triu(1) if a.causal else torch.zeros(N, N, dtype=torch.bool)
     allowed = squares.detach().masked_fill(future, torch.inf)
     keep = (allowed <= allowed.kthvalue(min(a.k, N), -1, keepdim=True).values) & ~future
     logits = -squares / (2 * a.log_sigma.exp().view(1, -1, 1, 1) ** 2)
+    logits = logits + a.salience(s).transpose(1, 2)[:, :, None]
     weights = logits.masked_fill(~keep, -torch.inf).softmax(-1)
     v = a.value(s).view(B, N, a.heads, -1).transpose(1, 2)
     y = (weights @ v).transpose(1, 2).reshape(B, N, d)
@@ -104,11 +106,14 @@ def test_attention_of_the_building_blocks():
     s, p = torch.randn(2, 19, DIM), torch.randn(2, 4, 19, 3)
     lengths = torch.tensor([19, 8])
     got, drift = a(s, p, None, lengths)
-    moved = flow_drift(s, p, a.flow.weight.view(4, 3, DIM), a.flow.bias.view(4, 3), a.alpha)
-    queries, rows = moved.positions + a.offset[:, None], lengths[:, None].expand(2, 4).contiguous()
+    flow, bias = a.flow.weight.view(4, 3, DIM), a.flow.bias.view(4, 3)
+    moved = flow_drift(s, p, flow, bias, a.alpha)
+    seeking = flow_drift(s, p, flow + a.receiver.weight.view(4, 3, DIM), bias, a.alpha)
+    queries, rows = seeking.positions + a.offset[:, None], lengths[:, None].expand(2, 4).contiguous()
     near = knn(moved.positions, 5, queries=queries, lengths=rows, query_lengths=rows)
     y = gaussian_gather(moved.positions, a.split(a.value(s)), near.indices, a.log_sigma.exp(),
-                        query_positions=queries, normalize=True)  # fmt: skip
+                        query_positions=queries, influence=a.salience(s).exp().transpose(1, 2),
+                        normalize=True)  # fmt: skip
     torch.testing.assert_close(got, y.transpose(1, 2).flatten(2))
     assert same_bits(drift.positions, moved.positions) and same_bits(drift.energy, moved.energy)
 

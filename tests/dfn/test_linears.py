@@ -143,8 +143,10 @@ def test_every_linear_layer_is_called(kind, change):
 
 def test_a_plain_layer_stays_one_product():
     linear, x = nn.Linear(3, 5), torch.randn(2, 3)
-    states, weight, bias = operands(linear, x)
-    assert is_plain(linear) and states is x and weight is linear.weight and bias is linear.bias
+    other = nn.Linear(3, 7, bias=False)
+    states, weights, biases = operands(x, linear, other)
+    assert is_plain(linear) and states is x
+    assert weights[0] is linear.weight and weights[1] is other.weight and biases == [linear.bias, None]
     for change in CHANGES.values():
         assert not is_plain(change(nn.Linear(3, 5)))
     seen = nn.modules.module.register_module_forward_hook(lambda *_: None)

@@ -119,7 +119,7 @@ def test_decoder_refuses_positions_that_are_not_finite():
     decoder = Decoder(model)
     decoder(ids)
     with torch.no_grad():
-        model.blocks[0].attention.flow.bias[2] = float("nan")
+        model.blocks[0].attention.flow.weight[2] = float("nan")
     with pytest.raises(ValueError, match="positions must be finite"):
         decoder(ids[:, :1])
 

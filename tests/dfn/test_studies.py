@@ -145,7 +145,7 @@ def test_length(text, tmp_path):
 def test_parts(text, tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "JUDGED", 20)
     shape = ["--data", text, "--steps", 2, "--seeds", 1, "--dim", 16, "--layers", 1, "--length", 16, "--memory-size", 4]
-    lines = ["--lines", "full", "flow", "memory", "swiglu", "deeper", "--judged", 300]
+    lines = ["--lines", "full", "flow", "memory", "gelu", "deeper", "--judged", 300]
     assert study("parts", *shape, *lines, "--out", tmp_path / "a", *COMMON) == 0
     found = is_whole(tmp_path / "a")
     assert len(found["cells"]) == 5 * 3 - 1  # recall has no memory to leave out

@@ -10,7 +10,7 @@ from torch import nn
 from dfn import demo
 from dfn.models.language import DFNLanguageModel
 from dfn.training.text import batches
-from dfn.training.trainer import NonFiniteLoss, Trainer
+from dfn.training.trainer import NonFiniteLoss, Trainer, parameter_groups
 
 TEXT = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 60), dtype=torch.uint8)
 
@@ -82,6 +82,34 @@ def test_positions_do_not_decay():
     kept = {id(p) for p in others["params"]}
     assert id(model.positions.place.weight) in kept and all(id(b.attention.offset) in kept for b in model.blocks)
     assert id(model.blocks[0].attention.flow.weight) not in kept
+
+
+def test_geometry_takes_steps_of_its_own():
+    """Every parameter is in one group; after a step those of the geometry have moved as many times as far."""
+    moved = {}
+    for rate in (1.0, 5.0):
+        trainer = Trainer(tiny(), steps=9, lr=1e-4, warmup=0, geometry_rate=rate)
+        inside = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+        assert sorted(inside) == sorted(id(p) for p in trainer.model.parameters())
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train_step(next(stream()))
+        moved[rate] = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+    fast = {f"blocks.{i}.attention.{name}" for i in range(2) for name in ("alpha", "log_sigma", "offset")}
+    for name, one in moved[1.0].items():
+        many = 5 if name in {"positions.log_scale", *fast} else 1
+        torch.testing.assert_close(moved[5.0][name], many * one, rtol=1e-2, atol=5e-7, msg=name)
+    assert moved[1.0]["positions.log_scale"].abs().max() > 5e-5
+
+
+def test_groups_for_a_loop_of_your_own():
+    model = tiny()
+    decayed, others, geometry = parameter_groups(model, 1e-3, weight_decay=0.1, geometry_rate=10)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == geometry["weight_decay"] == 0
+    assert [g["lr"] for g in (decayed, others, geometry)] == [1e-3, 1e-3, 1e-2]
+    torch.optim.SGD([decayed, others, geometry])
+    assert len(parameter_groups(nn.Linear(2, 2), geometry_rate=10)) == 2
+    with pytest.raises(ValueError, match="geometry_rate must be positive and finite, got 0"):
+        parameter_groups(model, geometry_rate=0)
 
 
 def test_clipping():
