@@ -5,7 +5,8 @@ python -m bench --only knn --seconds 3   one op, longer
 python -m bench guard main               is this tree slower than that commit? both in turns; the exit status says
 python -m bench compare OLD.json NEW.json
 python -m bench plot RESULT.json         draws it again
-python -m bench page RESULT.json         puts the table into docs/benchmarks.md
+python -m bench page RESULT.json         writes its Markdown again
+python -m bench docs RESULT.json         puts the table into docs/benchmarks.md
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import guard, plots, report
-from .cases import cases_for, quick_cases
+from .cases import cases_for, chosen, quick_cases
 from .timing import ceilings
 
 
@@ -49,10 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["page"]:
         parser = argparse.ArgumentParser(prog="python -m bench page")
         parser.add_argument("result", type=result)
+        print(f"written to {report.write_page(parser.parse_args(argv[1:]).result)}")
+        return 0
+    if argv[:1] == ["docs"]:
+        parser = argparse.ArgumentParser(prog="python -m bench docs")
+        parser.add_argument("result", type=result)
         report.update_page(parser.parse_args(argv[1:]).result)
         return 0
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--only", default="", help="cases whose name, as in a table or in JSON, contains this")
     parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out, by name, or all 'compiled'")
     parser.add_argument("--quick", action="store_true", help="one case an op")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each measurement")
@@ -60,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     given = parser.parse_args(argv)
-    known = cases_for(given.device)
-    cases = [case for case in (quick_cases() if given.quick else known) if given.only in case.name]
-    if not cases:
-        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
+    try:
+        cases = chosen(quick_cases() if given.quick else cases_for(given.device), given.only)
+    except ValueError as error:
+        parser.error(str(error))
     facts, limits = report.machine(), ceilings(given.device)  # later the results themselves make the tree dirty
     rows = report.measure_all(
         cases,

@@ -15,6 +15,7 @@ from dfn.models.layers import DFNBlock
 from dfn_kernels._backends import NAMES, choose, missing
 
 from . import peers
+from .names import readable
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Case:
         return (
             (self.layer or self.op) + self.variant + "".join(f"-{letter}{size}" for letter, size in self.sizes.items())
         )
+
+    @property
+    def words(self) -> str:
+        return readable(self.name)
 
 
 # ---- flow_drift -----------------------------------------------------------------------------------------------------
@@ -314,6 +319,15 @@ CASES = [
 
 def cases_for(device: str) -> list[Case]:
     return [case for case in CASES if device != "cpu" or not case.gpu_only]
+
+
+def chosen(cases: list[Case], only: str) -> list[Case]:
+    """Those with ``only`` in their key or in their words. Raises ValueError, which lists them, where there is none."""
+    found = [case for case in cases if only in case.name or only in case.words]
+    if not found:
+        listed = "".join(f"\n  {case.name}  ({case.words})" for case in cases)
+        raise ValueError(f"no case has {only!r} in its name; there are:{listed}")
+    return found
 
 
 # One case an op, for the demo's table: small enough that the reference, too, answers at once.

@@ -102,26 +102,26 @@ def in_turns(before: Runner, after: Runner, mode: str, seconds: float) -> list[f
 
 
 def main(argv: list[str]) -> int:
-    from .cases import cases_for
+    from .cases import cases_for, chosen
 
     parser = argparse.ArgumentParser(prog="python -m bench guard", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="commit, branch or tag to compare with, or the folder of a built tree")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name, as in a table or in JSON, contains this")
     parser.add_argument("--threshold", type=float, default=1.1, help="a ratio above this fails (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each case and mode (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     parser.add_argument("--small", action="store_true", help="the cases at their small sizes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(argv)
-    known = cases_for("cpu")
-    names = list({case.name: None for case in known if given.only in case.name})
-    if not names:
-        parser.error(f"no case has {given.only!r} in its name; there are: {', '.join(case.name for case in known)}")
+    try:
+        cases = {case.name: case.words for case in chosen(cases_for("cpu"), given.only)}
+    except ValueError as error:
+        parser.error(str(error))
     tree = Path(given.base).resolve() if Path(given.base, "dfn_kernels").is_dir() else checkout(given.base)
 
     slower, compared = [], 0
     print(f"{'here / base':>12}  {'quartiles':13}  case")
-    for name in tqdm(names, desc="guard", unit="case", disable=None):
+    for name, words in tqdm(cases.items(), desc="guard", unit=" cases", disable=None):
         case = (name, given.dtype, given.small, given.threads)
         before, after = Runner(tree, sys.executable, *case), Runner(ROOT, sys.executable, *case)
         try:
@@ -129,8 +129,8 @@ def main(argv: list[str]) -> int:
                 low, middle, high = statistics.quantiles(in_turns(before, after, mode, given.seconds), n=4)
                 compared += 1
                 worse = middle > given.threshold and low > 1
-                slower += [f"{name}, {mode}: {middle:.2f}x"] * worse
-                tqdm.write(f"{middle:11.2f}x  {low:5.2f} - {high:4.2f}  {name}, {mode}{'  SLOWER' if worse else ''}")
+                slower += [f"{words}, {mode}: {middle:.2f}x"] * worse
+                tqdm.write(f"{middle:11.2f}x  {low:5.2f} - {high:4.2f}  {words}, {mode}{'  SLOWER' if worse else ''}")
         finally:
             before.close()
             after.close()

@@ -33,18 +33,18 @@ def _peer(name: str, column: str = "fwd") -> tuple[str, str, str]:
 
 
 PAIRS = (
-    Pair("search, 1M points in the plane, k = 16", ("knn", "N=1000000 D=2 k=16", "eager"),
+    Pair("search, 1M points in the plane, 16 nearest", ("knn", "N=1000000 D=2 k=16", "eager"),
          "CuPy KDTree", _peer("CuPy KDTree 1M, 2", "ms")),
-    Pair("search, 1M points in space, k = 16", ("knn", "N=1000000 D=3 k=16", "eager"),
+    Pair("search, 1M points in space, 16 nearest", ("knn", "N=1000000 D=3 k=16", "eager"),
          "CuPy KDTree", _peer("CuPy KDTree 1M, 3", "ms")),
-    Pair("search, 32,768 points in space, k = 16", ("knn", "N=32768 D=3 k=16", "eager"),
+    Pair("search, 32,768 points in space, 16 nearest", ("knn", "N=32768 D=3 k=16", "eager"),
          "cdist + topk", _peer("cdist+topk 32k", "ms")),
     Pair("gather, 1M points, 256 channels, bfloat16", ("gather", "N=1000000 c=256 torch.bfloat16", "fwd"),
          "embedding_bag", _peer("embedding_bag N=1000000 c=256 torch.bfloat16")),
     Pair("gather, 262,144 points, 256 channels, float32, with gradients",
          ("gather", "N=262144 c=256 torch.float32", "both"),
          "embedding_bag, gradient of the values", _peer("embedding_bag both N=262144 c=256 torch.float32", "both")),
-    Pair("attention, 32,768 entities, 4 heads, d = 256, bfloat16", ("attention", "N=32768", "fwd"),
+    Pair("attention, 32,768 entities, 4 heads, 256 channels, bfloat16", ("attention", "N=32768", "fwd"),
          "cuDNN SDPA", _peer("SDPA causal bf16 N=32768")),
     Pair("attention, 131,072 entities", ("attention", "N=131072", "fwd"),
          "cuDNN SDPA", _peer("SDPA causal bf16 N=131072")),

@@ -13,6 +13,7 @@ import dfn_kernels as dk
 from dfn_kernels._backends import NAMES, choose, missing
 
 from .cases import Case
+from .names import readable
 from .timing import peak_growth_mib, time_rounds
 
 OURS = ("default", "native", "triton", "reference")  # everybody else is a peer; default: what each part runs best on
@@ -46,8 +47,12 @@ class Row:
     note: str = ""
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
+    words: str = ""  # the case, as tables call it
 
     asdict = asdict
+
+    def __post_init__(self):
+        self.words = readable(self.case)
 
 
 # ---- right or wrong -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,17 @@ from tqdm import tqdm
 
 from .cases import Case, quick_cases
 from .measure import OURS, Row, run_case
+from .names import readable
 
-COLUMNS = ("case", "who", "mode", "ms", "goal", "vs best peer", "MiB", "GB/s", "TFLOP/s", "error", "note")
+COLUMNS = ("case", "who", "mode", "ms", "goal, ms", "best peer / it", "MiB", "GB/s", "TFLOP/s", "error", "note")
 
 
 def measure_all(cases: Iterable[Case], after_each: Callable[[list[Row]], object] = len, **options) -> list[Row]:
     """All rows; `after_each` case it is given those so far, so that what was measured is not lost."""
     rows: list[Row] = []
-    with tqdm(list(cases), desc="bench", unit="case") as bar:
+    with tqdm(list(cases), desc="measuring", unit=" cases") as bar:
         for case in bar:
-            bar.set_postfix_str(case.name)
+            bar.set_postfix_str(case.words)
             rows += run_case(case, **options)
             after_each(rows)
     return rows
@@ -46,7 +47,7 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 
     return [
         (
-            row.case, row.who, row.mode, number(row.ms, ".2f"), number(row.goal, ".2f"), _speedup(row),
+            row.words, row.who, row.mode, number(row.ms, ".2f"), number(row.goal, ".2f"), _speedup(row),
             number(row.mib, ".1f"),
             number(row.gb_per_s, ".1f"), number(row.tflop_per_s, ".3f"), number(row.error, ".1e"), row.note,
         )
@@ -54,16 +55,29 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def without_missing(rows: list[Row]) -> tuple[list[Row], str]:
+    """The rows of what is installed, and a line that names the peers that are not."""
+    missing = [row for row in rows if "ModuleNotFoundError" in row.note]
+    names = ", ".join(dict.fromkeys(row.who for row in missing))
+    return [row for row in rows if row not in missing], f"Not installed, so not measured: {names}." if names else ""
+
+
+def in_markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
 def markdown(rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in table(rows)]
-    return "\n".join(lines) + "\n"
+    rows, missing = without_missing(rows)
+    return in_markdown(COLUMNS, table(rows)) + (f"\n{missing}\n" if missing else "")
 
 
 def plain(rows: list[Row]) -> str:
+    rows, missing = without_missing(rows)
     cells = [COLUMNS, *table(rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([*lines, *([missing] if missing else [])])
 
 
 def machine() -> dict[str, str]:
@@ -98,36 +112,54 @@ def write(rows: list[Row], folder: Path, facts: dict[str, str], ceilings: dict[s
     path = folder / f"{facts['date']}-{kind}-{facts['threads']}threads.json"
     result = {"machine": facts, "ceilings": ceilings, "rows": [row.asdict() for row in rows]}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    title = ", ".join(f"{name} {value}" for name, value in facts.items())
-    note = (
-        "Median of repeated runs in milliseconds, in which everybody took turns; the ratio is of times from the same "
-        "turn, with both quartiles; MiB is the growth of peak memory; error is relative to float64. "
-        "GB/s and TFLOP/s count what the op has to move and compute at least; this machine reaches "
-        + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items())
-        + ".\n"
-    )
-    path.with_suffix(".md").write_text(f"# Benchmark\n\n{title}\n\n{note}\n{markdown(rows)}")
+    write_page(path)
     return path
+
+
+def write_page(result: Path) -> Path:
+    """The Markdown of a result, beside its JSON."""
+    found = json.loads(result.read_text())
+    title = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    reached = ", ".join(f"{name} {value:.4g}" for name, value in found["ceilings"].items())
+    note = f"""\
+- *who*: native is our C++ (CUDA C++ on a GPU), triton our Triton kernels, reference our formula in plain PyTorch,
+  default whichever of them each part runs best on; everybody else is what one could use instead.
+- *mode*: training is forward and backward together.
+- *ms*: the median of repeated runs, in which everybody took turns. *best peer / it*: the best peer's time over this
+  one, of times from the same turn, the median and both quartiles; above 1 ours is faster.
+- *MiB*: growth of peak memory. *error*: relative to float64; of a search the share of other neighbours.
+- *GB/s*, *TFLOP/s*: what the op has to move and compute at least; this machine reaches {reached}.
+"""
+    page = result.with_suffix(".md")
+    page.write_text(f"# Benchmark\n\n{title}\n\n{note}\n{markdown([Row(**row) for row in found['rows']])}")
+    return page
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PAGE_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 
 
-def page_table(path: Path) -> str:
-    """From a result: our default backend beside the fastest peer of every case and mode, and what produced it."""
-    result = json.loads(path.read_text())
-    rows = [Row(**row) for row in result["rows"]]
-    lines = ["| case | mode | ours, ms | best peer, ms | ratio | memory, ours / peer, MiB |", "|" + " --- |" * 6]
+def beside_peers(rows: list[Row]) -> str:
+    """Our compiled backend beside the fastest peer of every case and mode, in Markdown."""
+    lines = []
     for ours in (row for row in rows if row.who in ("native", "triton") and row.ms):
-        peer = best_peer(ours, rows)
-        if peer:
+        if peer := best_peer(ours, rows):
             memory = "" if None in (ours.mib, peer.mib) else f"{ours.mib:.0f} / {peer.mib:.0f}"
-            what = f"{peer.ms:.1f} ({peer.who})"
-            lines.append(f"| {ours.case} | {ours.mode} | {ours.ms:.1f} | {what} | {_speedup(ours, 1)} | {memory} |")
+            theirs = f"{peer.ms:.1f} ({peer.who})"
+            lines.append((ours.words, ours.mode, f"{ours.ms:.1f}", theirs, _speedup(ours, 1), memory))
+    head = ("case", "mode", "ours, ms", "best peer, ms", "ratio", "memory, ours / peer, MiB")
+    return in_markdown(head, lines)
+
+
+def page_table(path: Path) -> str:
+    """`beside_peers` of a result, and what produced it."""
+    result = json.loads(path.read_text())
     made_by = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    what = "Medians of one run in which everybody took turns, float32; of the ratio, in brackets, both quartiles"
-    return "\n".join(lines) + f"\n\n{what}: {made_by}.\n"
+    what = (
+        "Medians of one run in which everybody took turns, float32; training is forward and backward; of the ratio, in "
+        "brackets, both quartiles"
+    )
+    return f"{beside_peers([Row(**row) for row in result['rows']])}\n{what}: {made_by}.\n"
 
 
 def update_page(result: Path, page: Path = PAGE) -> None:
@@ -151,10 +183,24 @@ def compare(before: Path, after: Path) -> str:
     old, new = times(before), times(after)
     both = sorted((key for key in old if key in new), key=lambda key: -new[key] / old[key])
     return "\n".join(
-        f"{new[key] / old[key]:6.2f}x  {old[key]:10.2f} -> {new[key]:10.2f} ms  {' '.join(key)}" for key in both
+        f"{new[key] / old[key]:6.2f}x  {old[key]:10.2f} -> {new[key]:10.2f} ms  "
+        + ", ".join([readable(key[0]), *key[1:]])
+        for key in both
     )
 
 
-def quick_table(seconds: float = 0.2) -> str:
-    """One small case an op as Markdown: for the demo."""
-    return markdown(measure_all(quick_cases(), seconds=seconds))
+TRAINED = ("flow_drift", "flow_norm", "gaussian_gather", "pattern_route")  # of the ten lines of `quick_table`
+
+
+def quick_table(out: Path, seconds: float = 0.2) -> str:
+    """For the demo: one small case an op, ten lines of them in Markdown, and all in ``kernels.md`` of the folder."""
+    rows = measure_all(quick_cases(), seconds=seconds)
+    page = out / "kernels.md"
+    page.write_text(markdown(rows), encoding="utf-8")
+    few = [row for row in rows if row.mode == "forward" or row.op in TRAINED]
+    said = (
+        "One small case of each op, beside the fastest of what one could use instead. *training*: forward and backward "
+        "together; *ratio*: their time over ours, the median of runs in turns and, in brackets, both quartiles. "
+        f"Every contender, with errors and memory: [{page.name}]({page.name})."
+    )
+    return f"{beside_peers(few)}\n{said}"

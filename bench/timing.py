@@ -1,10 +1,11 @@
 """Time, memory, and what the machine reaches at best."""
 
-import ctypes
 import time
 from collections.abc import Callable
 
 import torch
+
+from dfn.training.memory import peak_growth
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -92,17 +93,4 @@ def peak_growth_mib(run: Callable[[], object], device: str) -> float | None:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except (OSError, AttributeError):
-        return None
-    before = _status_kib("VmRSS")
-    run()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
+    return peak_growth(run)

@@ -1,24 +1,31 @@
 """The command ``dfn``: train, generate, embed, classify, reconstruct, eval, study, ablate, plot."""
 
 import argparse
-import dataclasses
-import importlib.util
+import codecs
+import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from . import runs
 from .pictures.runs import draw, write_picture
 from .runs import KINDS, Options, Run, UsageError, using
-from .studies import parts
+from .runs.flags import Parser, add_options, given_options, not_negative, positive, seed, with_config
+from .runs.needed import check_installed
+from .runs.tables import figures_in_words, table
+from .studies import parts, photographs
 from .studies.command import add_studies
 from .studies.memory_task import run_memory
-from .studies.photographs import table
+from .training.progress import shown
 
 JUDGED = (*KINDS, "photographs", "memory")
 
@@ -31,12 +38,14 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(with_config(parser, argv))
-        if missing := [m for m in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(m) is None]:
-            raise RuntimeError(f"needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'")
+        check_installed("safetensors", "tqdm", "matplotlib")
         arguments.command(arguments)
         return 0
     except UsageError as error:
         return said(error, 2)
+    except BrokenPipeError:  # who read has read enough, as in `dfn generate DIR | head -c 100`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: checkpoints, what is missing
         return said(error, 1)
     except KeyboardInterrupt as error:
@@ -62,7 +71,7 @@ def in_one_line(error: object) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dfn", description="Train and use Dynamic Flow Networks.")
+    parser = Parser(prog="dfn", description="Train and use Dynamic Flow Networks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
@@ -82,17 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--init", type=Path, metavar="DIR", help="begin with the weights, and sizes, of the run in this folder"
     )
-    one.add_argument("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="default: 100")
-    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="steps between two")
+    one.add_argument("--quiet", action="store_true", help="no progress bars")
     add_options(one)
 
     one = add("generate", generate, "continue a prompt with a trained language model")
     one.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
     one.add_argument("--prompt", default="\n", help="default: a line break; - reads it from the standard input")
-    one.add_argument("--tokens", type=positive, default=200, help="bytes to add (default: 200)")
-    one.add_argument("--temperature", type=not_negative, default=0.7, help="0 takes the likeliest byte (default: 0.7)")
-    one.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest bytes only")
-    one.add_argument("--seed", type=seed, default=0)
+    one.add_argument("--tokens", type=positive, default=200, help="bytes to add; Ctrl-C ends earlier")
+    one.add_argument("--temperature", type=not_negative, default=0.7, help="0 takes the likeliest byte")
+    one.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest bytes only (default: all)")
+    one.add_argument("--seed", type=seed, default=0, help="of what is drawn")
 
     one = add("embed", embed, "tell how alike files are, by a contrastive or joint run")
     add_files(one)
@@ -103,10 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = add("reconstruct", reconstruct, "rebuild a file of which a share is hidden, by a masked run")
     add_files(one, one=True)
-    one.add_argument("--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt, in the folder of the run")
+    one.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt, in the folder of the run"
+    )
 
     one = add("eval", evaluate, "judge a trained run, or train one and judge it")
-    one.add_argument("what", choices=JUDGED, metavar="WHAT", help=", ".join(JUDGED))
+    what = f"{', '.join(KINDS)}: a run; photographs (no options); memory (--steps, 130 unless given, and --seed)"
+    one.add_argument("what", choices=JUDGED, metavar="WHAT", help=what)
     one.add_argument("--run", type=Path, metavar="DIR", help="folder of a run (default: one is trained for this)")
     one.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_options(one)
@@ -127,75 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_files(parser: argparse.ArgumentParser, one: bool = False) -> None:
     parser.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument("files", type=Path, metavar="FILE", nargs=1 if one else "+", help="a picture, sound or text")
-    parser.add_argument("--seed", type=seed, default=0, help="of what is sampled (default: 0)")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each of `Options`; what is not given stays out of the result."""
-    group = parser.add_argument_group("options that decide how a run ends", "defaults depend on the kind")
-    for f in dataclasses.fields(Options)[1:]:
-        flag, of = f"--{f.name.replace('_', '-')}", f.type if isinstance(f.type, type) else str
-        choices = [c for c in f.metadata["choices"] if c] or None
-        kind = dict(action="store_true") if of is bool else dict(type=of, choices=choices)
-        group.add_argument(flag, help=f.metadata["help"], default=argparse.SUPPRESS, **kind)
-
-
-def given_options(arguments: argparse.Namespace) -> dict:
-    names = {f.name for f in dataclasses.fields(Options)[1:]}
-    return {name: value for name, value in vars(arguments).items() if name in names}
-
-
-def positive(text: str) -> int:
-    if not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be between 1 and {2**31 - 1}, got {text}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**63 - 1}, got {text}")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return float(text)
-
-
-def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """The arguments with those of ``--config FILE`` before them, so that later ones win."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
-    if path is None or not argv:
-        return argv
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {path} is not TOML: {error}") from error
-    command = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices.get(argv[0])
-    if command is None:
-        return argv  # the parser says what is wrong
-    actions = {a.dest: a for a in command._actions if a.dest not in ("config", "help")}
-    words = []
-    for key, value in table.items():
-        action = actions.get(key.replace("-", "_"))
-        if action is None:
-            raise UsageError(f"--config: {path}: unknown key {key!r}; known are {', '.join(actions)}")
-        if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, dict | list):
-            raise UsageError(f"--config: {path}: {key} cannot be {value!r}")
-        if not action.option_strings:
-            command.set_defaults(**{action.dest: value})
-        elif value is not False:
-            words.append(action.option_strings[0] + ("" if value is True else f"={value}"))
-    return [argv[0], *words, *argv[1:]]
+    parser.add_argument("--seed", type=seed, default=0, help="of what is sampled")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -206,31 +150,75 @@ def train(arguments: argparse.Namespace) -> None:
         options = Options.of(arguments.kind, **given)
     else:
         options = runs.options_like(arguments.init, arguments.kind, given, warn)
+    folder = arguments.out or Path("runs") / arguments.kind
     with runs.processes():
         run = runs.train(
-            options, arguments.out or Path("runs") / arguments.kind, resume=arguments.resume, given=given,
-            init=arguments.init, every=arguments.checkpoint_every, progress=not arguments.quiet,
+            options, folder, resume=arguments.resume, given=given, init=arguments.init,
+            every=arguments.checkpoint_every, progress=not arguments.quiet,
         )  # fmt: skip
         if int(os.environ.get("RANK", 0)) == 0:
-            show(run.judge(not arguments.quiet, warn))
+            report(run, run.judge(not arguments.quiet, warn))
+            print("next:")
+            for words in next_commands(run.options.kind, folder):
+                print("  " + shlex.join([*program(), *words]))
+
+
+def report(run: Run, figures: dict[str, float]) -> None:
+    """What a run came to, in words, and where it lies."""
+    h = run.history
+    print(f"\nheld out, after {h.steps[-1]:,} steps in {h.seconds[-1]:,.0f} s of training:")
+    print(figures_in_words(figures, run.task.words))
+    print(f"in {run.folder}: {run.weights.name} (the model), figures.json (these figures)")
+
+
+def next_commands(kind: str, folder: Path) -> list[list[str]]:
+    first = ["generate", str(folder)] if kind == "text" else ["eval", kind, "--run", str(folder)]
+    return [first, ["plot", str(folder)]]
+
+
+def program() -> list[str]:
+    """How this command was called, as far as it can be called so again."""
+    if os.path.basename(sys.argv[0]) in ("dfn", "dfn.exe"):
+        return ["dfn" if shutil.which("dfn") else sys.argv[0]]
+    name = os.path.basename(sys.executable)
+    return [name if shutil.which(name) == sys.executable else sys.executable, "-m", "dfn"]
 
 
 def generate(arguments: argparse.Namespace) -> None:
     run = Run.load(arguments.run, warn)
-    if not hasattr(run.model, "generate"):
+    if not hasattr(run.model, "stream"):
         raise UsageError(f"{arguments.run} is a run of kind {run.options.kind}; only text generates")
     prompt = sys.stdin.buffer.read() if arguments.prompt == "-" else as_bytes(arguments.prompt)
     if not prompt:
         raise UsageError("--prompt must not be empty")
     run.set_threads()
     device = next(run.model.parameters()).device
-    ids = run.model.generate(
+    new = run.model.stream(
         torch.tensor([list(prompt)], device=device), arguments.tokens, temperature=arguments.temperature,
-        top_k=arguments.top_k, generator=torch.Generator(device).manual_seed(arguments.seed), progress=True,
+        top_k=arguments.top_k, generator=torch.Generator(device).manual_seed(arguments.seed),
     )  # fmt: skip
+    new = shown(new, "generating", "bytes", not sys.stdout.isatty(), arguments.tokens)
     sys.stdout.flush()
-    sys.stdout.buffer.write(bytes(ids[0].tolist()) + b"\n")  # as they are: decoding could lose some
-    sys.stdout.buffer.flush()
+    stream(prompt, (int(byte) for byte in new), sys.stdout.buffer)
+
+
+def stream(prompt: bytes, new: Iterable[int], out: BinaryIO) -> None:
+    """Writes bytes as they come, as they are: decoding could lose some. Those of a UTF-8 character come together.
+
+    Ctrl-C ends it, and what has come is written.
+    """
+    characters, held = codecs.getincrementaldecoder("utf-8")("replace"), b""
+    try:
+        for more in itertools.chain([prompt], (bytes([byte]) for byte in new)):
+            held += more
+            characters.decode(more)
+            if not characters.getstate()[0]:
+                out.write(held)
+                out.flush()
+                held = b""
+    finally:
+        out.write(held + b"\n")
+        out.flush()
 
 
 def embed(arguments: argparse.Namespace) -> None:
@@ -259,7 +247,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     run = Run.load(arguments.run, warn)
     run.set_threads()
     values, figures = using.reconstruct(run, arguments.files[0], arguments.seed)
-    show(figures)
+    words = {"error": ("mean squared error of what was hidden", ""), "saying the mean": ("that of saying the mean", "")}
+    print(figures_in_words(figures, words))
     if values.dtype == torch.int64:
         out = arguments.out or arguments.run / "rebuilt.txt"
         out.write_bytes(bytes(values.tolist()))
@@ -282,8 +271,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.run is not None and arguments.what not in KINDS:
         raise UsageError(f"--run has no meaning for {arguments.what}")
     if arguments.what not in KINDS:
-        figures = SPECIAL[arguments.what](given, arguments)
-    elif arguments.run:
+        figures, said = SPECIAL[arguments.what](given)
+        print(json.dumps(figures, indent=1) if arguments.json else said)
+        return
+    if arguments.run:
         run = Run.load(arguments.run, warn)
         if run.options.kind != arguments.what or given:
             wrong = f"kind {run.options.kind}" if run.options.kind != arguments.what else "its own options"
@@ -292,21 +283,41 @@ def evaluate(arguments: argparse.Namespace) -> None:
         figures = run.judge(True, warn)
     else:
         with tempfile.TemporaryDirectory() as folder:
+            warn("trains a model to judge, in a folder that is gone afterwards (--run DIR judges one that is kept)")
             run = runs.train(Options.of(arguments.what, **given), Path(folder), evaluations=0, say=warn)
             figures = run.judge(True, warn)
-    print(json.dumps(figures, indent=1)) if arguments.json else show(figures)
+    if arguments.json:
+        print(json.dumps(figures, indent=1))
+    elif arguments.run:
+        report(run, figures)
+    else:
+        print(figures_in_words(figures, run.task.words))
 
 
-def photographs(given: dict, _) -> list[dict]:
+def eval_photographs(given: dict) -> tuple[list[dict], str]:
     only(given)
-    return table()
+    warn("rebuilding two photographs from their entities, three seeds each")
+    rows = photographs.table()
+    said = "how well a photograph is rebuilt from its entities, PSNR in dB (more is better); gain: adaptive - uniform"
+    return rows, f"{said}\n{table(rows)}"
 
 
-def memory(given: dict, _) -> dict:
-    return run_memory(**only(given, "steps", "seed"))
+def eval_memory(given: dict) -> tuple[dict, str]:
+    given = only(given, "steps", "seed")
+    warn("training two small models, with a memory and forgetting between two segments")
+    figures = run_memory(**given)
+    said = "share of questions answered, about facts of the same segment and of the one before (more is better)"
+    return figures, f"{said}\n{figures_in_words(figures, MEMORY)}"
 
 
-SPECIAL = {"photographs": photographs, "memory": memory}
+MEMORY = {
+    "with memory, same": ("with a memory, about the same segment", "of 1"),
+    "with memory, next": ("with a memory, about the segment before", "of 1"),
+    "forgetting, same": ("forgetting in between, about the same segment", "of 1"),
+    "forgetting, next": ("forgetting in between, about the segment before", "of 1"),
+    "guessing": ("guessing", "of 1"),
+}
+SPECIAL = {"photographs": eval_photographs, "memory": eval_memory}
 
 
 def only(given: dict, *names: str) -> dict:
@@ -317,8 +328,21 @@ def only(given: dict, *names: str) -> dict:
     return given
 
 
+# What the lines of a study say: a cell's name and its figure.
+CELLS = {
+    "language": ("model/learning rate/seed", "held-out bits per byte (less is better)"),
+    "recall": ("model/layers/dim/pairs/learning rate/seed", "share of queries answered (more is better)"),
+    "length": ("task/model/learning rate/seed", "held-out bits per byte (less is better), or share of needles found"),
+    "parts": ("task/what is changed/seed", "held-out bits per byte (less is better), or share answered"),
+}
+
+
 def study(arguments: argparse.Namespace) -> None:
     """A study's cells and table; its picture, too, where Ctrl-C stops it."""
+    name = arguments.study.__module__.rpartition(".")[2]
+    if name in CELLS:
+        print("each line: {}: {}".format(*CELLS[name]))
+    print(f"{arguments.out} keeps study.json as results come, then study.md and study.png", flush=True)
     try:
         arguments.study(arguments)
     finally:
@@ -327,19 +351,9 @@ def study(arguments: argparse.Namespace) -> None:
 
 
 def plot(arguments: argparse.Namespace) -> None:
+    warn(f"drawing {arguments.run}")
     for path in draw(arguments.run, warn):
         print(path)
-
-
-def show(figures: dict | list[dict]) -> None:
-    """A line for each figure, or a table."""
-    if isinstance(figures, dict):
-        for name, value in figures.items():
-            print(f"{name:24}{value:10,d}" if isinstance(value, int) else f"{name:24}{value:10.3f}")
-        return
-    print("".join(f"{name:>12}" for name in figures[0]))
-    for row in figures:
-        print("".join(f"{x:12.2f}" if isinstance(x, float) else f"{x!s:>12}" for x in row.values()))
 
 
 def warn(text: str) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 import os
 import sys
 import time
@@ -17,9 +16,10 @@ from .models.layers import count_parameters
 from .pictures.drift import drift
 from .pictures.training import loss_curve
 from .runs.bits import CONTEXT, JUDGED, STRIDE, continue_prompt, held_out_bits, judged, table_of_bits, text_baselines
+from .runs.needed import check_installed
 from .runs.threads import fast_threads
 from .training.text import batches, load_corpus
-from .training.trainer import History, NonFiniteLoss, Trainer
+from .training.trainer import History, Trainer
 
 MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
@@ -27,38 +27,42 @@ LENGTH, BATCH = 128, 16
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at
 
 
-def main(argv: list[str] | None = None, kernel_table: Callable[[], str] | None = None) -> int:
-    """Runs the demo: 0, or 1 for a failure. ``kernel_table`` makes what the report says of the kernels, in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m dfn.demo", description=__doc__.split(": ", 1)[1])
+def main(
+    argv: list[str] | None = None, kernel_table: Callable[[Path], str] | None = None, prog: str = "python -m dfn.demo"
+) -> int:
+    """Runs the demo: 0, or 1 for a failure.
+
+    ``kernel_table`` gives what the report says of the kernels, in Markdown; what more it has goes into the folder.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
     parser.add_argument("--text", help="file or folder of text (default: the sources of the Python standard library)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_report"), help="where the report goes (default: %(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long to train (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and prompt (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"dfn.demo: needs {' and '.join(missing)}: pip install 'dfn-kernels[models]'", file=sys.stderr)
-        return 1
     threads = torch.get_num_threads()
     try:
+        check_installed("matplotlib", "tqdm")
         run(arguments.text, arguments.out, arguments.minutes, arguments.seed, kernel_table)
-    except (ValueError, OSError, NonFiniteLoss) as error:
-        print(f"dfn.demo: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     finally:
         torch.set_num_threads(threads)
     return 0
 
 
-def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Callable[[], str] | None = None) -> dict:
+def run(
+    text: str | None, out: Path, minutes: float, seed: int, kernel_table: Callable[[Path], str] | None = None
+) -> dict:
     """The whole demo; returns the figures of the report."""
     out.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(text)
-    print(corpus.summary())
+    print(f"data: {corpus.summary()}")
     length = min(LENGTH, len(corpus.train) - 1)
     autocast = fast_dtype()
     torch.manual_seed(seed)
@@ -67,8 +71,8 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     torch.set_num_threads(threads_for(model, corpus.train, length, autocast))
     ran_on = machine(autocast)
     print(
-        f"DFNLanguageModel: {count_parameters(model):,} parameters, {MODEL['layers']} layers, {MODEL['heads']} heads, "
-        f"{MODEL['k']} neighbours; {ran_on}"
+        f"model: DFNLanguageModel, {count_parameters(model):,} parameters, {MODEL['layers']} layers, "
+        f"{MODEL['heads']} heads, {MODEL['k']} neighbours; {ran_on}"
     )
 
     trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
@@ -77,7 +81,7 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
     history = trainer.fit(stream, evaluate=lambda: held_out_bits(model, glance, autocast))
     held_out = judged(corpus.held_out)
-    print(f"judging on {len(held_out):,} of {len(corpus.held_out):,} held-out bytes ...", flush=True)
+    print(f"judging on {len(held_out):,} of {len(corpus.held_out):,} held-out bytes", flush=True)
     figures = {"model": held_out_bits(model, held_out, autocast, progress=True)}
     figures |= text_baselines(corpus.train, held_out, progress=True)
     print("\nbits per byte on the same held-out bytes (less is better)\n" + "\n".join(table_of_bits(figures)) + "\n")
@@ -95,11 +99,11 @@ def run(text: str | None, out: Path, minutes: float, seed: int, kernel_table: Ca
     report(*facts, kernels=None)
     torch.set_num_threads(threads)  # the kernels get what the machine has
     if kernel_table:
-        kernels = kernel_table()
+        print("\nmeasuring the kernels beside what one could use instead", flush=True)
+        kernels = kernel_table(out)
         print("\n" + kernels)
-        (out / "kernels.md").write_text(kernels, encoding="utf-8")
         report(*facts, kernels=kernels)
-    print(f"\nreport: {out / 'report.md'}")
+    print(f"\nwritten to {out}: report.md, which shows all of this, and its pictures")
     return figures
 
 

@@ -1,6 +1,5 @@
 """The table of the published FlowNetwork page, measured: beside the naive einsum network and a Transformer."""
 
-import ctypes
 import io
 import json
 import statistics
@@ -12,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ..training.memory import peak_growth
 from ..training.progress import progress_bar
 from .layers import FlowLayer
 from .model import PRESETS, FlowNetwork
@@ -120,23 +120,15 @@ def stepper(model: nn.Module, data: tuple[Tensor, Tensor], dtype: torch.dtype | 
 def peak_of_two_steps(kind: str, arguments: dict, batch_size: int, seq_len: int, dtype: str | None) -> float | None:
     """Growth of this process's peak resident set in MB of 2^20 bytes, gradients and optimiser state included."""
 
-    def kib(field: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(field))
-
     model = build(kind, arguments)
     data = create_dummy_data(arguments["vocab_size"], seq_len, batch_size, 2)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the peak
-        before = kib("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    step = stepper(model, data[0], None if dtype is None else getattr(torch, dtype))
-    step()
-    step()
-    return (kib("VmHWM") - before) / 1024
+
+    def two_steps() -> None:
+        step = stepper(model, data[0], None if dtype is None else getattr(torch, dtype))
+        step()
+        step()
+
+    return peak_growth(two_steps)
 
 
 def _peak_elsewhere(*arguments) -> float | None:

@@ -1,5 +1,6 @@
 """The language model of Dynamic Flow Networks, what it is without one of its parts, and how it is sampled."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,11 +105,26 @@ class DFNLanguageModel(nn.Module):
         self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
         generator: torch.Generator | None = None, memory: MemoryState | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``.
+        """Continues ``ids [B, N]`` by ``max_new_tokens``: ``[B, N + max_new_tokens]``, the tokens of `stream`.
+
+        ``progress`` shows a bar.
+        """
+        tokens = self.stream(
+            ids, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator, memory=memory
+        )
+        tokens = list(shown(tokens, "generating", "tokens", progress, max_new_tokens))
+        return torch.cat([ids, *(token[:, None] for token in tokens)], 1)
+
+    @torch.no_grad()
+    def stream(
+        self, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        generator: torch.Generator | None = None, memory: MemoryState | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The tokens that continue ``ids [B, N]``, each as soon as it is drawn: ``[B]``, ``max_new_tokens`` times.
 
         Tokens are drawn from ``softmax(logits / temperature)``, restricted to the ``top_k`` likeliest if given;
         temperature 0 takes the likeliest. The prompt costs one pass, every token one entity's arithmetic (`Decoder`).
-        Prompt and continuation are one segment: ``memory`` is read, and written by nobody. ``progress`` shows a bar.
+        Prompt and continuation are one segment: ``memory`` is read, and written by nobody.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"generate: ids must have shape [B, N] with N > 0, got {list(ids.shape)}")
@@ -116,13 +132,11 @@ class DFNLanguageModel(nn.Module):
             raise ValueError(f"generate: temperature must not be negative, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-        B, N = ids.shape
-        out = torch.cat([ids, ids.new_empty(B, max_new_tokens)], 1)
-        decoder = Decoder(self, memory=memory, capacity=N + max_new_tokens)
-        for end in shown(range(N, N + max_new_tokens), "generating", progress):
-            logits = decoder(out[:, end - 1 : end] if end > N else ids)
-            out[:, end] = sample(wide(logits), temperature, top_k, generator)
-        return out
+        decoder = Decoder(self, memory=memory, capacity=ids.shape[1] + max_new_tokens)
+        for _ in range(max_new_tokens):
+            token = sample(wide(decoder(ids)), temperature, top_k, generator).to(ids.dtype)
+            yield token
+            ids = token[:, None]
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -28,7 +28,7 @@ def held_out_bits(
     nats, group = 0.0, []
     device = next(model.parameters()).device
     windows = list(segments(held_out, min(CONTEXT, len(held_out) - 1), min(STRIDE, len(held_out) - 1)))
-    for n, window in enumerate(shown(windows, "judging", progress)):
+    for n, window in enumerate(shown(windows, "judging", "windows", progress)):
         group.append(window)
         if len(group) < 16 and n + 1 < len(windows):
             continue
@@ -54,7 +54,7 @@ def streamed_bits(
     n = (len(held_out) - 1) // streams
     parts = torch.stack([held_out[i * n : (i + 1) * n + 1] for i in range(streams)]).long().to(device)
     nats, memory = 0.0, None
-    for start in shown(range(0, n, length), "judging", progress):
+    for start in shown(range(0, n, length), "judging", "pieces", progress):
         piece = parts[:, start : start + length + 1]
         logits, memory = model(piece[:, :-1], memory)
         logits, targets = logits.float().flatten(0, 1), piece[:, 1:].flatten()

@@ -60,7 +60,7 @@ class Crops:
 
     def summary(self) -> str:
         few = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        return f"crops of {' x '.join(map(str, self.size))} from {len(self.names)} ({few})"
+        return f"crops of {' x '.join(map(str, self.size))} from {len(self.names)} files ({few})"
 
 
 def random_crop(x: Tensor, size: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

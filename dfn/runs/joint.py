@@ -17,8 +17,8 @@ from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveF
 from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities
 from ..models.field_models import DFNFieldModel
+from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state
-from ..training.trainer import map_tensors
 from .crops import PICTURES, picture, random_crop, spectrogram
 
 SHAPES = ("disc", "ring", "bars", "cross")

@@ -31,7 +31,7 @@ class Options:
     steps: int = option(1000, "length of the run", 1)
     batch: int = option(16, "rows in a step, over all processes", 1)
     accumulate: int = option(1, "parts that a batch is worked through in, to save memory", 1)
-    length: int = option(128, "bytes in a row (text)", 1)
+    length: int = option(128, "bytes in a row of text", 1)
     entities: int = option(48, "entities sampled from a field", 1)
     size: int = option(32, "side of a crop: pixels, steps of a spectrogram, four bytes of text", 3)
     dim: int = option(64, "size of a state", 1)

@@ -18,8 +18,9 @@ from dfn_kernels._native import cpu_name
 
 from ..models.layers import count_parameters
 from ..training import checkpoints
+from ..training.batches import rows
 from ..training.checkpoints import Checkpoint, CheckpointError
-from ..training.trainer import History, NonFiniteLoss, Trainer, rows
+from ..training.trainer import History, NonFiniteLoss, Trainer
 from .options import SHAPE, Options, UsageError
 from .stopping import Interruption, Stopped
 from .tasks import KINDS, Task
@@ -38,6 +39,7 @@ class Run:
     model: nn.Module
     history: History
     folder: Path
+    weights: Path | None  # the file that holds the model; None in a process of several that writes nothing
 
     @classmethod
     def load(cls, folder: Path, say: Say = print) -> "Run":
@@ -51,15 +53,21 @@ class Run:
         best = _best(Path(folder), options)
         _load_weights(model, best or checkpoint)
         history = History.of(checkpoint.part("history"))
-        return cls(options, task, model.to(default_device()).eval(), history, Path(folder))
+        model = model.to(default_device()).eval()
+        return cls(options, task, model, history, Path(folder), (best or checkpoint).path)
 
     def set_threads(self) -> None:
         """As many threads as the run took, if there are so many here."""
         torch.set_num_threads(min(self.options.threads or torch.get_num_threads(), torch.get_num_threads()))
 
     def judge(self, progress: bool = False, say: Say = print) -> dict[str, float]:
-        """The figures of the task, held out; also written to ``figures.json``, with where they come from."""
+        """The figures of the task, held out; also written to ``figures.json``, with where they come from.
+
+        ``progress`` says on what it judges, and shows a bar for what takes longer than a second.
+        """
         self.task.progress = progress
+        if progress:
+            say(f"judging on {self.task.judged_on()}")
         h = self.history
         step = h.steps[-1] if h.steps else 0
         try:
@@ -133,7 +141,7 @@ def _train(
 
     torch.manual_seed(options.seed)
     task = make_task(options)
-    say(task.summary())
+    say(f"data: {task.summary()}")
     model = task.model().to(default_device())
     if init is not None and checkpoint is None:
         source = _source(init, say)
@@ -142,7 +150,8 @@ def _train(
     options = replace(options, threads=options.threads or _threads(task, model, processes, say))
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(options.seed)
-    say(f"{type(model).__name__}: {count_parameters(model):,} parameters; {machine()}, {options.dtype}")
+    say(f"model: {type(model).__name__}, {count_parameters(model):,} parameters; {machine()}, {options.dtype}")
+    say(f"run: {options.steps:,} steps; {folder} keeps a checkpoint every {every:,} steps and at the end")
     trainer = _trainer(task, model, options, say)
     history, last = History(), None
     if checkpoint is not None:
@@ -188,7 +197,7 @@ def _train(
     if best is not None:
         model.load_state_dict(best.part("model"))
         say(f"the least held-out loss was that of step {best.facts['step']}: {best.path}")
-    return Run(options, task, model, history, folder)
+    return Run(options, task, model, history, folder, last if best is None else best.path)
 
 
 def _best(folder: Path, options: Options) -> Checkpoint | None:

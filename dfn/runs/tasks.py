@@ -14,12 +14,14 @@ from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.layers import FIRST_BLOCK
 from ..models.memory import MemoryState
+from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus, packed_batches
-from ..training.trainer import language_model_loss, map_tensors
+from ..training.trainer import language_model_loss
 from . import bits, digits, joint
 from .crops import FREQUENCIES, channels_of, load_crops, mean_error, sampler_of
 from .options import KINDS, Options, UsageError
+from .tables import Words
 
 
 class Task:
@@ -36,6 +38,7 @@ class Task:
     graphable = True  # the loss keeps nothing of its own between steps, so that a CUDA graph can hold the step
 
     progress = False  # bars for what takes long in `figures`
+    words: Words = {"held-out loss": ("loss on held-out data", "nats (less is better)")}  # of its `figures`
 
     def __init__(self, options: Options):
         self.options = options
@@ -67,6 +70,10 @@ class Task:
     def summary(self) -> str:
         """The data, in one line."""
         return self.options.kind
+
+    def judged_on(self) -> str:
+        """The data that `figures` look at, in words."""
+        return "held-out data"
 
     def fingerprint(self) -> int:
         """Tells other data from these: a run is resumed only on the data it began with."""
@@ -108,6 +115,15 @@ class Text(Task):
     own = ("data", "length", "memory_size", "pack", "without", "block", "dropout")
     unit, partial = "bits", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
+    words = {
+        "model": ("this model", "bits per byte (less is better)"),
+        "gzip": ("gzip -9, which has learned from nothing", "bits per byte"),
+        "bzip2": ("bzip2 -9, the same", "bits per byte"),
+        "xz": ("xz -9, the same", "bits per byte"),
+        "bigram": ("byte bigram of the training bytes", "bits per byte"),
+        "bytes judged": ("judged on", "held-out bytes"),
+        "bytes held out": ("of", "held-out bytes"),
+    }
 
     @property
     def graphable(self) -> bool:
@@ -161,6 +177,9 @@ class Text(Task):
     def summary(self):
         return self.corpus.summary()
 
+    def judged_on(self):
+        return f"{len(bits.judged(self.corpus.held_out)):,} of {len(self.corpus.held_out):,} held-out bytes"
+
     @functools.cached_property
     def _fingerprint(self) -> int:
         return zlib.crc32(self.corpus.train.numpy())
@@ -184,6 +203,7 @@ class Digits(Task):
 
     defaults = dict(steps=500, batch=64, entities=24, dim=48, warmup=150, weight_decay=0.05)
     own = ("entities",)
+    words = {"accuracy": ("held-out digits told right", "of 1 (more is better)")}
 
     @classmethod
     def check(cls, options, given):
@@ -249,6 +269,11 @@ class Contrastive(FieldTask):
     """vectors that tell fields apart: two samplings of one field are closer than those of others (InfoNCE)"""
 
     defaults = dict(steps=300, batch=32, dim=48)
+    words = {
+        **Task.words,
+        "found": ("held-out fields found again by their vector", "of 1 (more is better)"),
+        "chance": ("guessing finds", "of 1"),
+    }
 
     def batch(self, generator, held_out=False):
         field = self.crops.field(self.options.batch, generator, held_out)
@@ -274,6 +299,10 @@ class Masked(FieldTask):
 
     defaults = dict(steps=500, batch=32, entities=128, size=16)
     patch, share, unit = 1, 0.4, "error"
+    words = {
+        "held-out loss": ("error at hidden entities of held-out fields", "mean square (less is better)"),
+        "saying the mean": ("the same, saying the mean everywhere", "mean square"),
+    }
 
     @classmethod
     def defaults_for(cls, given):
@@ -298,6 +327,12 @@ class Joint(Task):
     defaults = dict(steps=200, batch=32, entities=24, dim=32, warmup=20)
     own = ("data", "length", "entities", "size")
     partial = False
+    words = {
+        "held-out loss": ("loss on held-out scenes: hidden entities, and what belongs together", "(less is better)"),
+        "image finds its line": ("pictures that find their line of text", "of 1 (more is better)"),
+        "audio finds its line": ("tones that find their line of text", "of 1 (more is better)"),
+        "chance": ("guessing finds", "of 1"),
+    }
 
     @classmethod
     def check(cls, options, given):

@@ -5,15 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .batches import tensors_of
+
 WARM_UP = 3  # steps before the capture: they compile, tune and allocate
-
-
-def tensors_of(batch) -> list[Tensor]:
-    """The tensors of a batch, which is one, or tuples, lists and dicts of them, in a fixed order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, dict) else batch
-    return [x for part in parts if part is not None for x in tensors_of(part)]
 
 
 def shapes_of(batch) -> list[tuple]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
+from .memory import peak_memory
 
 T = TypeVar("T")
 
@@ -38,13 +38,21 @@ def progress_bar(items: Iterable[Any] | None = None, on: bool = True, **options:
     return tqdm(items, leave=False, **options) if on else Quiet(() if items is None else items)
 
 
-def shown(items: Iterable[T], what: str, on: bool = True) -> Iterable[T]:
-    """The items; with ``on``, after a second, a bar on the standard error says how many are done."""
-    return progress_bar(items, on, desc=what, delay=1.0, dynamic_ncols=True, mininterval=_interval())
+def shown(items: Iterable[T], what: str, unit: str, on: bool = True, total: int | None = None) -> Iterable[T]:
+    """The items; with ``on``, after a second, a bar on the standard error says how many are done, and of what.
+
+    ``unit`` is their name in the plural, ``total`` their number where it cannot be asked of the items.
+    """
+    return progress_bar(
+        items, on, desc=what, unit=f" {unit}", total=total, delay=1.0, dynamic_ncols=True, mininterval=_interval()
+    )
 
 
 def _interval() -> float:
     return 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+
+
+UNITS = {"bits": "bits per token", "error": "squared error"}  # of a `Trainer`, in words
 
 
 class TrainingBar:
@@ -64,24 +72,17 @@ class TrainingBar:
         parts = [
             f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
             f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
-            f"{self.loss / self.weight * self.scale:.3f} {t.unit}",
+            f"loss {self.loss / self.weight * self.scale:.3f} {UNITS.get(t.unit, t.unit)}",
             *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
             f"{rate:,.0f} tokens/s",
-            *([f"{most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
+            *([f"at most {most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
         ]
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
         self.bar.update(round(1000 * t.progress) - self.bar.n)
 
+    def judging(self, begins: bool) -> None:
+        """Says so while the held-out data is looked at; a log file, which wants few lines, is spared it."""
+        self.bar.set_description_str("judging" if begins else "training", refresh=sys.stderr.isatty())
+
     def close(self) -> None:
         self.bar.close()
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory used so far, in MiB: the GPU's by tensors, else that of this process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

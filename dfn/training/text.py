@@ -35,18 +35,22 @@ class Corpus:
     held_out_ptr: Tensor
 
     def summary(self) -> str:
-        said = f"{self.name}: {len(self.train_files)} files, {len(self.train) / 1e6:.1f} MB to train on; "
+        said = f"{self.name}: {_files(self.train_files)}, {len(self.train) / 1e6:.1f} MB to train on; "
         size = f"{len(self.held_out) / 1e6:.2f} MB"
         if self.train_files == self.held_out_files:
             said += f"the last tenth of each, {size}, held out"
         else:
-            said += f"{len(self.held_out_files)} files, {size} held out"
+            said += f"{_files(self.held_out_files)}, {size} held out"
             if len(self.held_out_files) < 4:
                 said += f" ({', '.join(self.held_out_files)})"
         if self.left_out:
             name, why = next(iter(self.left_out.items()))
             said += f"; {len(self.left_out)} left out ({name} {why})"
         return said
+
+
+def _files(names: list[str]) -> str:
+    return f"{len(names)} file{'s' if len(names) != 1 else ''}"
 
 
 def load_corpus(path: str | Path | None = None) -> Corpus:
@@ -186,7 +190,7 @@ def compressed_bits_per_byte(data: Tensor, progress: bool = False) -> dict[str, 
                    "xz": lambda x: lzma.compress(x, preset=9)}  # fmt: skip
     return {
         name: 8 * len(compress(raw)) / len(raw)
-        for name, compress in shown(compressors.items(), "compressing", progress)
+        for name, compress in shown(compressors.items(), "compressing", "compressors", progress)
     }
 
 

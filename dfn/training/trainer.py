@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import graphed
+from .batches import map_tensors, rows, tokens_in
 from .losses import language_modelling
 from .progress import TrainingBar
 
@@ -36,39 +37,6 @@ def language_model_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     firsts = ptr[0][:, :-1] + torch.arange(0, B * N, N, device=ids.device)[:, None]
     sets = torch.cat([firsts.flatten(), firsts.new_full((1,), B * N)])  # of the rows one after another
     return language_modelling(model(ids.reshape(1, B * N), ptr=sets)[0], targets.reshape(1, B * N))
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], batch):
-    """The same tuples, named tuples and dicts with ``function`` of every tensor."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return {key: map_tensors(function, x) for key, x in batch.items()}
-    parts = [map_tensors(function, x) for x in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-
-
-def rows(batch, part: int, parts: int):
-    """Part number ``part`` of ``parts`` equal ones of every tensor's rows."""
-
-    if parts == 1:
-        return batch
-
-    def cut(x: Tensor) -> Tensor:
-        if len(x) % parts:
-            raise ValueError(f"Trainer: the batch must be a multiple of {parts} (processes x accumulate), got {len(x)}")
-        return x.tensor_split(parts)[part]
-
-    return map_tensors(cut, batch)
-
-
-def tokens_in(batch) -> int:
-    """How many tokens or entities a model reads in a batch: those of its first part."""
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    if isinstance(batch, dict):
-        return sum(tokens_in(x) for x in batch.values())
-    return batch.influence.numel() if hasattr(batch, "influence") else tokens_in(batch[0])
 
 
 @dataclass
@@ -355,8 +323,11 @@ class Trainer:
                     bar.update(value, (tokens - began_with) / max(self.elapsed - began_at, 1e-9))
                 if evaluate and (self.progress >= due or self.progress >= 1):
                     due = self._next_point(evaluations)
+                    if bar:
+                        bar.judging(True)
                     history.evaluated.append((self.step, self.elapsed, self._evaluated(evaluate, batch)))
                     if bar:
+                        bar.judging(False)
                         bar.held_out = history.evaluated[-1][2]
                 if after_step:
                     after_step(history)

@@ -206,9 +206,9 @@ def test_demo(tmp_path, capsys, monkeypatch):
         (text / f"{i}.txt").write_bytes(bytes(TEXT.tolist()))
     out = tmp_path / "report"
     words = ["--text", str(text), "--out", str(out), "--minutes", "0.05"]
-    assert demo.main(words, kernel_table=lambda: "| a table |") == 0
-    assert {f.name for f in out.iterdir()} == {"report.md", "loss_curve.png", "drift.png", "kernels.md"}
-    assert "| a table |" in (out / "report.md").read_text(encoding="utf-8")
+    assert demo.main(words, kernel_table=lambda out: f"| a table of {out.name} |") == 0
+    assert {f.name for f in out.iterdir()} == {"report.md", "loss_curve.png", "drift.png"}
+    assert "| a table of report |" in (out / "report.md").read_text(encoding="utf-8")
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("loss_curve.png", "drift.png"))
     written, printed = (out / "report.md").read_text(encoding="utf-8"), capsys.readouterr().out
     for word in ("gzip -9", "byte bigram", "this model", "held out"):

@@ -78,18 +78,18 @@ def test_peak_memory():
 
 def test_command(tmp_path, capsys):
     assert main(["--quick", "--only", "flow_norm", "--seconds", "0", "--out", str(tmp_path)]) == 0
-    assert "flow_norm" in capsys.readouterr().out
+    assert "causal norm" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     written = json.loads(path.read_text())
     assert written["machine"]["torch"] == torch.__version__ and written["rows"][0]["ms"] > 0
     assert written["ceilings"]["copy GB/s"] > 0 and path.with_suffix(".png").stat().st_size > 10_000
-    assert "| flow_norm" in path.with_suffix(".md").read_text()
+    assert "| causal norm" in path.with_suffix(".md").read_text()
     assert main(["compare", str(path), str(path)]) == 0
     assert "1.00x" in capsys.readouterr().out
     page = tmp_path / "page.md"
     page.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
     report.update_page(path, page)
-    assert "| flow_norm" in page.read_text() and "old" not in page.read_text() and " after" in page.read_text()
+    assert "| causal norm" in page.read_text() and "old" not in page.read_text() and " after" in page.read_text()
     assert all(report.PAGE.read_text().count(mark) == 1 for mark in report.PAGE_MARKS)
     with pytest.raises(SystemExit):
         main(["--only", "no such case"])

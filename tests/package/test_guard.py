@@ -56,4 +56,4 @@ def test_a_slower_tree_is_found(monkeypatch, tmp_path, capsys):
     op.write_text(text[:body] + "    import time\n    time.sleep(0.02)\n" + text[body:])
     monkeypatch.setattr(guard, "ROOT", tmp_path)
     assert guard.main([str(ROOT), "--only", "flow_norm", "--small", "--seconds", "0.5", "--threshold", "2"]) == 1
-    assert "flow_norm" in capsys.readouterr().out
+    assert "causal norm" in capsys.readouterr().out
