@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dfn.demo import MODEL
 from dfn.models.decoding import Decoder, Scan
 from dfn.models.language import DFNLanguageModel
+from dfn.style import GREEN, ORANGE, OURS, SKY, THICK, THIN, label_ends, picture
 from dfn.training.text import batches, load_corpus
 from dfn.training.trainer import Trainer
 
@@ -84,23 +85,24 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     contexts = [r["context"] for r in rows]
-    for name, label, style in (("median_ms", "wall, median", "o-"), ("mean_ms", "wall, mean", "o:"),
-                               ("cpu_median_ms", "CPU, median", "s-"), ("cpu_ms", "CPU, mean", "s:")):  # fmt: skip
-        axis.plot(contexts, [r[name] for r in rows], style, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(0, 1.5 * max(r["mean_ms"] for r in rows))
-    axis.set(title="Generation: time per token", xlabel="entities in the context", ylabel="ms")
-    axis.grid(True, alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    note = "Wall: what a clock shows, other work on the machine included; CPU: the time this process computed"
+    with picture(path, 9, 4.6, "Time for the next token, by the length of what came before", note) as figure:
+        axis = figure.add_subplot()
+        axis.grid()
+        lines = []
+        for name, label, color, width in (
+            ("mean_ms", "wall, mean", ORANGE, THIN), ("median_ms", "wall, median", GREEN, THIN),
+            ("cpu_ms", "CPU, mean", SKY, THIN), ("cpu_median_ms", "CPU, median", OURS, THICK),
+        ):  # fmt: skip
+            (line,) = axis.plot(contexts, [r[name] for r in rows], "o-", color=color, lw=width)
+            lines.append((line, label))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [f"{n // 1024:,}k" if n >= 1024 else str(n) for n in contexts])
+        axis.minorticks_off()
+        axis.set_ylim(0, 1.1 * max(r["mean_ms"] for r in rows))
+        axis.set(xlabel="entities (bytes) in the context", ylabel="milliseconds a token")
+        label_ends(axis, lines)
 
 
 def main(argv: list[str] | None = None) -> Path:

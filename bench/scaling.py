@@ -13,15 +13,21 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from dfn.style import OTHERS, OURS, THICK, THIN, label_ends, picture
+
 from .cases import CASES, Case
 from .measure import contenders, training_step
+from .plots import MINE
 from .report import machine
 from .timing import time_ms, time_rounds
+
+LETTERS = {"B": "batch", "H": "heads", "D": "dimensions", "d": "dim", "c": "channels", "k": "neighbours"}
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -80,27 +86,28 @@ def grow(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (case, mode) in zip(axes.flat, panels, strict=False):
-        for row in rows:
-            if (row["case"], row["mode"]) != (case, mode):
-                continue
-            ours = row["who"] in ("native", "triton")
-            slope = "" if row["exponent"] is None else f"  N^{row['exponent']:.2f}"
-            n, ms = zip(*row["points"], strict=True)
-            axis.loglog(n, ms, "o-", lw=2.5 if ours else 1.2, ms=4, label=row["who"] + slope)
-        axis.set(title=f"{case}, {mode}", xlabel="entities N", ylabel="ms")
-        axis.grid(True, which="major", alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    colors = dict(zip(dict.fromkeys(row["who"] for row in rows if row["who"] not in MINE), cycle(OTHERS), strict=False))
+    title, note = "Time by the number of entities N", "Beside each name: time grows as N to this power"
+    with picture(path, 9, 4.3 * len(panels) + 0.8, title, note) as figure:
+        for axis, (case, mode) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            lines = []
+            for row in (row for row in rows if (row["case"], row["mode"]) == (case, mode)):
+                ours = row["who"] in MINE
+                power = "" if row["exponent"] is None else f", $N^{{{row['exponent']:.2f}}}$"
+                n, ms = zip(*row["points"], strict=True)
+                (line,) = axis.loglog(n, ms, "o-", lw=THICK if ours else THIN, ms=7 if ours else 4,
+                                      color=OURS if ours else colors[row["who"]])  # fmt: skip
+                lines.append((line, f"ours ({row['who']}){power}" if ours else row["who"] + power))
+            axis.set(title=f"{in_words(case)}, {mode}", xlabel="entities N", ylabel="milliseconds")
+            axis.grid()
+            label_ends(axis, lines, gap=10)
+
+
+def in_words(case: str) -> str:
+    """What "knn B=1 D=3 k=16" means."""
+    op, *sizes = case.split()
+    return op + "".join(f", {LETTERS.get(letter, letter)} {size}" for letter, size in (s.split("=") for s in sizes))
 
 
 def main() -> None:

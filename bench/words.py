@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dfn.flownetwork import FlowNetwork, train_flow_network
 from dfn.flownetwork.words import WordTokenizer, unigram_entropy
+from dfn.style import INK, ORANGE, OURS, THICK, THIN, label_ends, picture
 from dfn.training.text import load_corpus
 
 from .report import machine
@@ -127,21 +128,21 @@ def write(facts: dict, path: Path) -> None:
 
 
 def plot(facts: dict, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (dtype, color), style in zip(zip(DTYPES, ("tab:blue", "tab:orange"), strict=True), ("-", "--"), strict=True):
-        curves = [row["curve"] for row in facts["rows"] if row["dtype"] == dtype]
-        for number, curve in enumerate(curves):
-            tokens = [(i + 0.5) * WINDOW * BATCH * LENGTH / 1e3 for i in range(len(curve))]
-            label = f"{dtype}, {len(curves)} seeds" if number == 0 else None
-            axes.plot(tokens, curve, style, color=color, lw=1, label=label)
-    axes.axhline(facts["unigram entropy"], color="black", lw=1, ls=":", label="unigram entropy")
-    title = f"FlowNetwork, {facts['preset']}"
-    axes.set(xlabel="thousand words seen", ylabel="training loss, nats per word", title=title)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    title, note = f"FlowNetwork ({facts['preset']}) learns words, in float32 and in bfloat16", "Less is better"
+    with picture(path, 9, 4.6, title, note) as figure:
+        axis = figure.add_subplot()
+        axis.grid()
+        lines = []
+        for dtype, color, width in zip(DTYPES, (OURS, ORANGE), (THICK, THIN / 2), strict=True):
+            curves = [row["curve"] for row in facts["rows"] if row["dtype"] == dtype]
+            for curve in curves:
+                words = [(i + 0.5) * WINDOW * BATCH * LENGTH / 1e3 for i in range(len(curve))]
+                (line,) = axis.plot(words, curve, color=color, lw=width)
+            lines += [(line, f"{dtype},\n{len(curves)} seeds")] * bool(curves)
+        floor = axis.axhline(facts["unigram entropy"], color=INK, lw=1.2, ls=(0, (5, 4)))
+        axis.set(xlabel="thousand words seen", ylabel="training loss, nats per word")
+        axis.set_xlim(0, axis.get_xlim()[1])
+        label_ends(axis, [*lines, (floor, "what word counts\nalone give")])
 
 
 def main() -> None:

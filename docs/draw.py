@@ -1,113 +1,146 @@
-"""The pictures of docs/ops.md, drawn with the ops themselves: `python docs/draw.py`."""
+"""The pictures of these pages, drawn with the ops and models themselves: `python docs/draw.py [NAME ..]`.
 
+Without names all of them; `python docs/draw.py drift` makes the animation, which trains a model for that.
+"""
+
+import argparse
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 import dfn_kernels as dk
+from dfn.pictures.animation import animate, record
+from dfn.pictures.fields import entities_picture
+from dfn.style import BLUE, EDGE, OURS, SMALL, SOFT, THICK, VERMILLION, bare, label_ends, picture
 
 HERE = Path(__file__).parent
-BLUE, ORANGE, GREY = "#1b6e8c", "#d9622b", "#c4c4c4"
-
-
-def save(figure, name: str) -> None:
-    figure.savefig(HERE / f"{name}.png", dpi=110)
-    plt.close(figure)
-
-
-def plain(axis, title: str) -> None:
-    axis.set_title(title, fontsize=10)
-    axis.set_xticks([])
-    axis.set_yticks([])
 
 
 def two_clusters(n: int) -> torch.Tensor:
     return torch.cat([torch.rand(n // 2, 2), torch.tensor([0.72, 0.35]) + 0.05 * torch.randn(n - n // 2, 2)])
 
 
-def knn() -> None:
+def knn(path: Path) -> None:
     points = two_clusters(600)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for axis, title in zip(axes, ("a uniform grid", "slabs of equal depth", "k = 12 neighbours"), strict=True):
-        axis.scatter(*points.T, s=5, color=GREY if title.startswith("k") else "#888888", linewidths=0)
-        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        plain(axis, title)
-    for line in torch.linspace(0, 1, 9):
-        axes[0].axvline(line, color=BLUE, lw=0.6)
-        axes[0].axhline(line, color=BLUE, lw=0.6)
-    for cut in points[:, 0].quantile(torch.linspace(0, 1, 17)):
-        axes[1].axvline(cut, color=BLUE, lw=0.8)
     queries = torch.tensor([[0.62, 0.36], [0.3, 0.7]])
     near = dk.knn(points, 12, queries=queries)
-    for query, found, sq_dists in zip(queries, near.indices, near.sq_dists, strict=True):
-        axes[2].add_patch(plt.Circle(query.tolist(), sq_dists[-1].sqrt().item(), fill=False, color=ORANGE))
-        axes[2].scatter(*points[found].T, s=12, color=BLUE)
-    axes[2].scatter(*queries.T, s=30, marker="x", color=ORANGE)
-    save(figure, "knn")
+    note = "A grid fails where points crowd; slabs hold equally many. Circles: how far the 12 neighbours reach"
+    with picture(path, 11, 4.7, "knn: the k nearest, exactly", note) as figure:
+        axes = figure.subplots(1, 3)
+        for axis, title in zip(axes, ("a uniform grid", "slabs of equal depth", "k = 12 neighbours"), strict=True):
+            bare(axis)
+            axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
+            axis.scatter(*points.T, s=7, color=EDGE if title.startswith("k") else SOFT, linewidths=0)
+        for line in torch.linspace(0, 1, 9):
+            axes[0].axvline(line, color=BLUE, lw=0.9)
+            axes[0].axhline(line, color=BLUE, lw=0.9)
+        for cut in points[:, 0].quantile(torch.linspace(0, 1, 17)):
+            axes[1].axvline(cut, color=BLUE, lw=0.9)
+        for query, found, sq_dists in zip(queries, near.indices, near.sq_dists, strict=True):
+            circle = dict(fill=False, color=VERMILLION, lw=1.6)
+            axes[2].add_patch(_circle(query.tolist(), sq_dists[-1].sqrt().item(), **circle))
+            axes[2].scatter(*points[found].T, s=18, color=BLUE)
+        axes[2].scatter(*queries.T, s=60, marker="x", color=VERMILLION, linewidths=2)
+        axes[2].set_xlabel("cross: the query, blue: its neighbours", size=SMALL)
 
 
-def gaussian_gather() -> None:
+def _circle(center: list[float], radius: float, **options):
+    from matplotlib.patches import Circle
+
+    return Circle(center, radius, **options)
+
+
+def gaussian_gather(path: Path) -> None:
     t = torch.cat([torch.rand(60) * 0.5, 0.5 + torch.rand(15) * 0.5]).sort().values.unsqueeze(-1)
     values = torch.sin(2 * math.pi * 1.5 * t) + 0.3 * torch.randn_like(t)
     queries = torch.linspace(0, 1, 400).unsqueeze(-1)
     near = dk.knn(t, 12, queries=queries).indices
-    figure, axis = plt.subplots(figsize=(12, 3.2), layout="constrained")
-    axis.scatter(t, values, s=14, color=GREY, label="entities: position, value")
-    for sigma, color in ((0.01, ORANGE), (0.04, BLUE)):
-        y = dk.gaussian_gather(t, values, near, sigma, query_positions=queries, normalize=True)
-        axis.plot(queries, y, color=color, lw=1.6, label=f"gathered, normalised, sigma = {sigma}")
-    axis.legend(fontsize=8)
-    plain(axis, "gaussian_gather: every query reads its 12 nearest entities")
-    save(figure, "gaussian_gather")
+    note = "Dots: entities, a value at a position. Lines: the weighted mean of the nearest 12, everywhere"
+    with picture(path, 11, 4.3, "gaussian_gather: read from the nearest entities", note) as figure:
+        axis = figure.add_subplot()
+        axis.scatter(t, values, s=24, color=SOFT, linewidths=0)
+        lines = []
+        for sigma, color, width in ((0.01, VERMILLION, 1.8), (0.04, OURS, THICK)):
+            y = dk.gaussian_gather(t, values, near, sigma, query_positions=queries, normalize=True)
+            (line,) = axis.plot(queries[:, 0], y[:, 0], color=color, lw=width)
+            lines.append((line, f"sigma = {sigma}"))
+        axis.set(xlim=(-0.01, 1.01), xlabel="position", ylabel="value")
+        label_ends(axis, lines)
 
 
-def flow_drift() -> None:
+def flow_drift(path: Path) -> None:
     positions = torch.rand(1, 150, 2)
     around = positions - 0.5  # a state that makes the flow a vortex with a pull inwards
     drift = dk.flow_drift(around, positions, torch.tensor([[-0.5, -1.0], [1.0, -0.5]]), alpha=0.15)
-    figure, axis = plt.subplots(figsize=(4.4, 4.2), layout="constrained")
-    axis.scatter(*positions[0].T, s=8, color=GREY)
-    step = drift.positions - positions
-    axis.quiver(*positions[0].T, *step[0].T, angles="xy", scale_units="xy", scale=1, color=BLUE, width=0.004)
-    axis.set_aspect("equal")
-    plain(axis, "flow_drift: p' = p + alpha W s")
-    save(figure, "flow_drift")
+    with picture(
+        path, 6.4, 6, "flow_drift: p' = p + alpha W s", "Dot: an entity; arrow: where its state moves it"
+    ) as figure:
+        axis = figure.add_subplot()
+        bare(axis)
+        axis.scatter(*positions[0].T, s=18, color=SOFT, linewidths=0)
+        step = drift.positions - positions
+        axis.quiver(*positions[0].T, *step[0].T, angles="xy", scale_units="xy", scale=1, color=BLUE, width=0.005)
+        axis.set_aspect("equal")
 
 
-def pattern_route() -> None:
+def pattern_route(path: Path) -> None:
     P, O, I = 4, 10, 14
     patterns = torch.randn(P, O, I)
     weights = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.0, 0.1, 0.1, 0.8]])
-    figure, axes = plt.subplots(2, P + 2, figsize=(12, 4), layout="constrained", width_ratios=[1] * P + [0.9, 1.2])
-    for t in range(2):
-        for p in range(P):
-            axes[t, p].imshow(patterns[p], cmap="RdBu", vmin=-2.5, vmax=2.5, alpha=0.15 + 0.85 * weights[t, p].item())
-            plain(axes[t, p], f"pattern {p}, w = {weights[t, p]:.1f}")
-        axes[t, P].bar(range(P), weights[t], color=BLUE)
-        plain(axes[t, P], f"weights of token {t}")
-        axes[t, P + 1].imshow(torch.einsum("p,poi->oi", weights[t], patterns), cmap="RdBu", vmin=-2.5, vmax=2.5)
-        plain(axes[t, P + 1], "its matrix: never built")
-    save(figure, "pattern_route")
+    note = "A row is a token: by its weights w it mixes the four patterns into a matrix of its own (blue +, red -)"
+    with picture(path, 11, 4.6, "pattern_route: a matrix for every token, none of them built", note) as figure:
+        axes = figure.subplots(2, P + 2, width_ratios=[1] * P + [0.85, 1.15])
+        for t in range(2):
+            shown = dict(cmap="RdBu", vmin=-2.5, vmax=2.5, aspect="auto")
+            for p in range(P):
+                bare(axes[t, p])
+                axes[t, p].imshow(patterns[p], alpha=0.12 + 0.88 * weights[t, p].item(), **shown)
+                axes[t, p].set_title(f"pattern {p}" if t == 0 else "")
+                axes[t, p].set_xlabel(f"w = {weights[t, p]:.1f}")
+            axes[t, P].bar(range(P), weights[t], color=BLUE)
+            axes[t, P].set(xticks=range(P), yticks=[], ylim=(0, 1), xlabel="pattern")
+            axes[t, P].spines["left"].set_visible(False)
+            bare(axes[t, P + 1])
+            axes[t, P + 1].imshow(torch.einsum("p,poi->oi", weights[t], patterns), **shown)
+            axes[t, P + 1].set_xlabel(f"of token {t}")
+        axes[0, P].set_title("w")
+        axes[0, P + 1].set_title("their mixture")
 
 
-def field_sample() -> None:
+def field_sample(path: Path) -> None:
     cells = torch.linspace(0, 1, 400)
     bump = lambda at, width: torch.exp(-(((cells - at) / width) ** 2))  # noqa: E731
     density = (0.1 + bump(0.3, 0.05) + 0.6 * bump(0.75, 0.1)).unsqueeze(0)
     positions, influence = dk.field_sample(density, 70, generator=torch.Generator().manual_seed(0))
-    figure, axis = plt.subplots(figsize=(12, 2.6), layout="constrained")
-    axis.fill_between(cells, density[0], color=BLUE, alpha=0.2, lw=0)
-    axis.scatter(positions[0, :, 0], torch.zeros(70), s=12 * influence[0], color=ORANGE)
-    plain(axis, "field_sample: more entities where the density is high, each with less influence")
-    save(figure, "field_sample")
+    note = "Dots: entities, as large as their influence. They lie close where the density (grey) is high"
+    with picture(path, 11, 3.9, "field_sample: more entities where there is more to know", note) as figure:
+        axis = figure.add_subplot()
+        axis.fill_between(cells, density[0], color=EDGE, alpha=0.5, lw=0)
+        axis.scatter(positions[0, :, 0], torch.full((70,), -0.08), s=26 * influence[0], color=VERMILLION, linewidths=0)
+        axis.set(xlim=(0, 1), ylim=(-0.16, 1.15), yticks=[0, 0.5, 1], xlabel="position", ylabel="density")
+
+
+PICTURES = {
+    **{f"{op.__name__}.png": op for op in (knn, gaussian_gather, flow_drift, pattern_route, field_sample)},
+    "entities.png": entities_picture,
+    "drift.gif": lambda path: animate(record(), path),
+}
+NAMES = {file.split(".")[0]: file for file in PICTURES}
+
+
+def main(argv: list[str] | None = None, folder: Path = HERE) -> None:
+    """Draws the pictures into ``folder``, each with the same numbers whether alone or with others."""
+    parser = argparse.ArgumentParser(prog="python docs/draw.py", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    names = parser.parse_args(argv).names
+    if unknown := [name for name in names if name not in NAMES]:
+        parser.error(f"NAME must be one of {', '.join(NAMES)}, got {unknown[0]}")
+    for file in [NAMES[name] for name in names] or PICTURES:
+        torch.manual_seed(0)
+        PICTURES[file](folder / file)
+        print(folder / file)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    for draw in (knn, gaussian_gather, flow_drift, pattern_route, field_sample):
-        draw()
+    main()

@@ -38,6 +38,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def legible(monkeypatch):
+    """Looks at every picture as it is written (tests/legible.py); there must be one, and nothing wrong with any."""
+    figure = pytest.importorskip("matplotlib.figure")
+    from legible import faults
+
+    seen, save = [], figure.Figure.savefig
+
+    def savefig(self, *args, **options):
+        save(self, *args, **options)
+        seen.append(faults(self))
+
+    monkeypatch.setattr(figure.Figure, "savefig", savefig)
+    yield
+    assert seen and not any(seen), "\n".join(sum(seen, []))
+
+
 def hash_of(text: str) -> int:
     import zlib
 

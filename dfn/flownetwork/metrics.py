@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..style import INK, ORANGE, OURS, picture
 from ..training.losses import wide
 
 
@@ -83,25 +84,23 @@ class NetworkMetrics(list):
 
     def plot(self, path: str | os.PathLike) -> None:
         """Writes a PNG: how much each layer uses each pattern, and how sure its tokens are of theirs."""
-        import matplotlib.pyplot as plt
-
         usage = torch.stack([layer.usage for layer in self]).cpu()
         rows = [layer.summary() for layer in self]
         names = ["input", *(f"layer {i + 1}" for i in range(len(self) - 2)), "output"]
-        size = (10, 0.4 * len(self) + 1.8)
-        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-        image = left.imshow(usage, cmap="viridis", vmin=0, aspect="auto")
-        figure.colorbar(image, ax=left, label="mean weight")
-        left.set(yticks=range(len(self)), yticklabels=names, xlabel="pattern", title="How much each pattern is used")
-        left.set_xticks(range(usage.shape[1]))
-        place = torch.arange(len(self))
-        right.barh(place - 0.2, [row["entropy"] for row in rows], 0.4, label="of a token's weights")
-        right.barh(place + 0.2, [row["usage_entropy"] for row in rows], 0.4, label="of the mean weights")
-        right.axvline(rows[0]["max_entropy"], color="black", lw=1, ls=":", label="at most")
-        right.set(xlabel="entropy in bits", title="How sure tokens are, how even the use")
-        right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        note = "A pattern is a matrix; each token mixes its own from them, with weights that sum to 1"
+        with picture(path, 11, 0.42 * len(self) + 3, "Which patterns the layers use", note) as figure:
+            left, right = figure.subplots(1, 2, sharey=True)
+            image = left.imshow(usage, cmap="viridis", vmin=0, aspect="auto")
+            figure.colorbar(image, ax=left, label="mean weight")
+            left.set(yticks=range(len(self)), yticklabels=names, xlabel="pattern", title="how much each is used")
+            left.set_xticks(range(0, usage.shape[1], -(-usage.shape[1] // 16)))
+            place = torch.arange(len(self))
+            right.barh(place - 0.2, [row["entropy"] for row in rows], 0.4, color=OURS, label="of one token's weights")
+            right.barh(place + 0.2, [row["usage_entropy"] for row in rows], 0.4, color=ORANGE,
+                       label="of the mean weights")  # fmt: skip
+            right.axvline(rows[0]["max_entropy"], color=INK, lw=1.2, ls=(0, (4, 4)), label="the most there can be")
+            right.set(xlabel="entropy, bits", title="low: tokens are sure; high: all are used")
+            figure.legend(loc="outside lower right", ncols=3)
 
 
 # So that torch.export can return them.

@@ -3,8 +3,10 @@
 import math
 from pathlib import Path
 
+from ..style import INK, OURS, SKY, THICK, label_ends, picture
 from ..training.trainer import History
-from .style import BLUE, GRID, INK, ORANGE, SOFT, pyplot, style_axes
+
+BESIDE = {"bigram": "byte bigram", "gzip": "gzip -9"}
 
 
 def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit: str = "bits") -> None:
@@ -12,47 +14,44 @@ def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit:
 
     ``figures["model"]`` is the end, marked with a star. ``unit`` "bits": the history's nats are shown as bits per byte.
     """
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(9, 5), dpi=150)
-    style_axes(ax)
-    ax.grid(axis="y", color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    bytes_, scale = ("bytes", 1 / math.log(2)) if unit == "bits" else ("data", 1.0)
-    seconds, bits = history.seconds, [scale * loss for loss in history.losses]
-    smooth = []
-    for i in range(len(bits)):  # a window that grows with the steps: the start is steep
+    of_bytes = unit == "bits"
+    data, scale = ("bytes", 1 / math.log(2)) if of_bytes else ("data", 1.0)
+    seconds, losses = history.seconds, [scale * loss for loss in history.losses]
+    smooth = smoothed(losses)
+    what = "Bits per byte" if of_bytes else f"Loss ({unit})"
+    seen = f"{history.steps[-1]:,} steps, {history.tokens[-1]:,} {data if of_bytes else 'entities'} seen"
+    with picture(path, 9, 5, f"{what} during training", f"{seen}; less is better") as fig:
+        ax = fig.add_subplot()
+        ax.grid(axis="y")
+        ax.plot(seconds, losses, color=SKY, alpha=0.3, lw=0.8)
+        (trained,) = ax.plot(seconds, smooth, color=SKY, lw=2)
+        labels = [(trained, f"training {data} (smoothed): {smooth[-1]:.3f}")]
+        if history.evaluated:
+            _, when, found = zip(*history.evaluated, strict=True)
+            (held_out,) = ax.plot(when, found, "o-", color=OURS, lw=THICK, ms=6, mec="white")
+            sample = ", a sample" if "model" in figures else ""
+            labels.append((held_out, f"held-out {data}{sample}: {found[-1]:.3f}"))
+        if "model" in figures:
+            (star,) = ax.plot(seconds[-1], figures["model"], "*", ms=17, color=OURS, mec="white", clip_on=False,
+                              zorder=5)  # fmt: skip
+            labels.append((star, f"all held-out {data}: {figures['model']:.3f}"))
+        for name, said in BESIDE.items():
+            if name in figures:
+                line = ax.axhline(figures[name], color=INK, lw=1.2, ls=(0, (5, 4)))
+                labels.append((line, f"{said}: {figures[name]:.3f}"))
+        ends = [*figures.values(), *(found for *_, found in history.evaluated)]
+        lowest, highest = min(ends + smooth), max(ends + smooth[len(smooth) // 50 :])
+        room = 0.06 * (highest - lowest) + 1e-3 * abs(highest)
+        ax.set(xlim=(0, 1.01 * seconds[-1]), ylim=(lowest - room, highest + room))
+        ax.set(xlabel="seconds of training", ylabel="bits per byte" if of_bytes else unit)
+        label_ends(ax, labels)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Means over a window that grows with the steps: the start is steep."""
+    result = []
+    for i in range(len(values)):
         width = min(25, i // 5)
-        near = bits[i - width : i + width + 1]
-        smooth.append(sum(near) / len(near))
-    end = seconds[-1]
-    ax.plot(seconds, bits, color=BLUE, alpha=0.18, linewidth=0.8)
-    ax.plot(seconds, smooth, color=BLUE, linewidth=2, label=f"training {bytes_} (smoothed)")
-    if history.evaluated:
-        _, when, found = zip(*history.evaluated, strict=True)
-        ax.plot(when, found, "o-", color=ORANGE, mec="white", lw=1.4, label=f"held-out {bytes_} (a sample of them)")
-    last = figures.get("model", smooth[-1])
-    if "model" in figures:
-        label = f"all held-out bytes: {last:.3f}"
-        ax.plot(end, last, "*", ms=15, color=ORANGE, mec="white", label=label, clip_on=False, zorder=5)
-    names = {"bigram": "byte bigram", "gzip": "gzip -9, held-out bytes alone"}
-    for name, label in ((name, label) for name, label in names.items() if name in figures):
-        ax.axhline(figures[name], color=INK, linewidth=1, linestyle=(0, (5, 4)))
-        # the curve falls from the upper left to the lower right: free is above it on the right, or below on the left
-        x, side, top = (end, "right", "bottom") if last < figures[name] else (0, "left", "top")
-        ax.text(x, figures[name], f" {label}  {figures[name]:.3f} ", ha=side, va=top, fontsize=8.5, color=INK)
-    lowest, highest = min(*figures.values(), *smooth), max(*figures.values(), *smooth[len(smooth) // 50 :])
-    room = 0.06 * (highest - lowest) + 1e-9
-    ax.set(xlim=(0, end * 1.01), ylim=(lowest - room, highest + room))
-    ax.set_xlabel("seconds of training", color=SOFT, fontsize=9)
-    ax.set_ylabel("bits per byte" if unit == "bits" else f"loss, {unit}", color=SOFT, fontsize=9)
-    ax.set_title(
-        f"{history.steps[-1]:,} steps, {history.tokens[-1]:,} {'bytes' if unit == 'bits' else 'entities'}",
-        loc="left",
-        color=INK,
-        fontsize=12,
-        pad=12,
-    )
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
+        near = values[i - width : i + width + 1]
+        result.append(sum(near) / len(near))
+    return result

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import NO_SPILLS
+
 # By the number of dimensions: bits of a coordinate, and the steps that move them apart, so that the others fit between.
 SPREAD = {
     1: (30, ()),
@@ -103,6 +105,6 @@ def transpose_neighbors(
         keys, places,
         starts, out,
         total, edges, lists, N, k, slot_bits(k), edges.bit_length(),
-        BE=1024, num_warps=4,
+        BE=1024, num_warps=4, **NO_SPILLS,
     )  # fmt: skip
     return starts, out

@@ -160,10 +160,27 @@ def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
     return {"rows": min(8192 // (channels * dtype.itemsize), 32), "channels": channels}
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether the compiler knows that it may read the rows of x 16 bytes at once, not number by number."""
+    return all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
+
+
 def unrolled(k: int, x: Tensor) -> int:
-    """Edges that are walked at once: few where the rows of x are read number by number, not 16 bytes at once."""
-    aligned = all(n % 16 == 0 for n in (x.shape[3], *row_strides(x)))
-    return (8 if k > 4 else 4) if aligned else 2
+    """Edges that are walked at once."""
+    return (8 if k > 4 else 4) if aligned(x) else 2
+
+
+def gather_tiles(x: Tensor) -> dict[str, int]:
+    """Of gather_kernel. Read number by number, every number has an address and a mask in registers: fewer rows."""
+    tile = tiles(x.shape[3], x.dtype)
+    return {"BM": tile["rows"] if aligned(x) else tile["rows"] // 4, "BC": tile["channels"]}
+
+
+def gather_options(x: Tensor) -> dict[str, int]:
+    """What keeps ptxas from spilling, as compiling has shown: nothing where rows of many channels are read at once."""
+    if x.dtype == torch.float64 and aligned(x):
+        return NO_SPILLS and {"maxnreg": 255}
+    return {} if aligned(x) and x.shape[3] > 32 else NO_SPILLS
 
 
 def edge_tiles(k: int) -> dict[str, int]:
@@ -205,12 +222,12 @@ def gaussian_gather(
     if out.numel() == 0:
         return out
     weights, zeros = edge_weights(positions, queries, indices, sigma, influence, sq_dists, normalize)
-    tile = tiles(c, values.dtype)
-    grid = (B * H * triton.cdiv(M, tile["rows"]) * triton.cdiv(c, tile["channels"]),)
+    tile = gather_tiles(values)
+    grid = (B * H * triton.cdiv(M, tile["BM"]) * triton.cdiv(c, tile["BC"]),)
     gather_kernel[grid](
         values, indices, weights, zeros.view(values.dtype), query_order,
         out,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(out),
-        BM=tile["rows"], BC=tile["channels"], U=unrolled(k, values), num_warps=4,
+        **tile, U=unrolled(k, values), num_warps=4, **gather_options(values),
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from .gaussian_gather import (
     _weights,
     _width,
     _write_zeros,
+    aligned,
     edge_tiles,
     edge_weights,
     row_strides,
@@ -250,10 +251,14 @@ def hubs_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
-def dots_tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of 512 bytes at most, which a warp reads at once: a sum over a row then stays within the warp."""
-    channels = min(tiles(c, dtype)["channels"], 512 // dtype.itemsize)
-    return {"BM": min(4096 // (channels * dtype.itemsize), 32), "BC": channels, "K": 4}
+def dots_tiles(values: Tensor, grad: Tensor) -> dict[str, int]:
+    """Rows of 512 bytes at most, which a warp reads at once: a sum over a row then stays within the warp.
+
+    Read number by number, every number of a tile has an address and a mask in registers: a quarter of the rows."""
+    size = values.dtype.itemsize
+    channels = min(tiles(values.shape[3], values.dtype)["channels"], 512 // size)
+    rows = min(4096 // (channels * size), 32)
+    return {"BM": rows if aligned(values) and aligned(grad) else rows // 4, "BC": channels, "K": 4}
 
 
 def dims_tile(D: int) -> int:
@@ -261,8 +266,8 @@ def dims_tile(D: int) -> int:
 
 
 def entities_options(channels: int, influence: bool) -> dict[str, int]:
-    """What keeps ptxas from spilling, as compiling has shown: a limit on registers in the small tiles, else none."""
-    return NO_SPILLS if channels <= 64 and not influence else {}
+    """A limit on registers above what a tile needs, as compiling has shown: ptxas spills without one."""
+    return NO_SPILLS and {"maxnreg": 128 if channels <= 64 and not influence else 192}
 
 
 def _by_query(
@@ -283,7 +288,7 @@ def _by_query(
 
     along, weights, slopes, parts = positions.new_empty(B, H, M, k), edges_if(4), edges_if(1), edges_if(16)
     zeros = positions.new_empty(256)
-    tile = dots_tiles(c, values.dtype)
+    tile = dots_tiles(values, grad)
     dots_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
         values, indices, grad, query_order,
         along,

@@ -1,34 +1,37 @@
+import functools
+import itertools
+
 import torch
+from helpers import pairs
 
 from dfn_kernels.flow_norm import MODES
 from dfn_kernels.triton import flow_norm as op
 
-from . import POINTER, Case
+WIDTHS = (256, 512, 64, 128)  # every padded width
+DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
-WIDTHS = (64, 128, 256, 512)
+
+def run(dtype, d, mode, lengths, aligned, N) -> None:
+    B, N, d = (2, N, d) if aligned else (3, N + 5, d - 3)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    states = empty(B, N, d, dtype=dtype)
+    energy = empty(B, N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    rest = energy, empty(B, dtype=torch.int64) if lengths else None, 1e-6, mode
+    op.flow_norm_backward(op.flow_norm(states, *rest), states, *rest)
 
 
-def cases():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        value, double = POINTER[dtype], POINTER[torch.float64]
-        real = double if dtype == torch.float64 else POINTER[torch.float32]
-        for has in (True, False):
-            types = {"S": value, "R": real, "Y": value, "G": value, "GS": value, "A": real, "P": double, "E": real,
-                     "GE": real, "eps": "fp64", "L": POINTER[torch.int64] if has else real}  # fmt: skip
-            for d in WIDTHS:
-                constants = {"HAS_LENGTHS": has, **op.row_tile(d)}
-                rare = d not in (256, 512)
-                yield Case(op.forward_kernel, types, constants, slow=rare)
-                for mode in MODES:
-                    slow = rare or mode == "mean"
-                    warps = op.backward_warps(constants)
-                    yield Case(op.backward_kernel, types, {"MODE": mode, **constants}, warps, slow=slow)
-            if dtype not in (torch.float32, torch.float64):
-                continue  # the means are not taken of the states
-            constants = {"HAS_LENGTHS": has, "BLOCK": op.BLOCK}
-            yield Case(op.sums_kernel, types, constants, options={})
-            for mode in MODES:
-                yield Case(op.energy_kernel, types, {"MODE": mode, **constants}, options={})
-                for direct in (True, False) if mode != "entity" else (True,):
-                    own = {"P": real if direct else double}
-                    yield Case(op.scale_kernel, types | own, {"MODE": mode, "DIRECT": direct, **constants}, options={})
+def calls():
+    for dtype in DTYPES:
+        for mode in MODES:
+            yield functools.partial(run, dtype, 256, mode, True, True, 4096), False
+    options = {
+        "shape": list(itertools.product(DTYPES, WIDTHS, MODES)),
+        "lengths": (True, False),
+        "aligned": (True, False),
+        "N": (4096, 2 * op.DIRECT),
+    }
+    for row in pairs(options):
+        yield functools.partial(run, *row.pop("shape"), **row), True

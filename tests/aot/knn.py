@@ -1,78 +1,60 @@
-import re
-from dataclasses import replace
+import functools
 
 import torch
+from helpers import pairs
 
-from dfn_kernels.triton.knn import brute, lists, tree, walk, warm
+from dfn_kernels.triton.knn import brute, knn, use_tree
 
-from . import POINTER, Case
-
-FLOAT, INT, LONG = POINTER[torch.float32], POINTER[torch.int32], POINTER[torch.int64]
-TYPES = {
-    **dict.fromkeys(("X", "P", "Q", "FRAME", "BOUND", "POINTS", "EDGES", "OUT_D"), FLOAT),
-    **dict.fromkeys(("ASKS", "ASKED", "IDS", "ROWS", "SEATS", "FIRST"), INT),
-    **dict.fromkeys(("LX", "LP", "LQ", "WARM", "KEYS", "ORDER", "MEMORY", "BEST", "OUT_I"), LONG),
+AMD = {"LANES": 64}
+# Every length of a list that is merged, one that is kept in several, and all that float64 keeps.
+SHORT, LONG = (4, 8, 16, 100), (64, 100, 250, 500, 1000)
+BRUTE = {
+    "k": SHORT,
+    "N": (100, 4096),  # one slice, several
+    "D": (3, 16, 1),
+    "flags": ("", "lengths", "query_lengths", "lengths query_lengths", "sets"),
+    "queries": (True, False),
+    "masks": ((False, True), (False, False), (True, True), (True, False)),  # causal, include_self
 }
-LISTS = tuple({lists.sizes(k)[0]: lists.sizes(k) for k in (1, 8, 16)}.values()) + (lists.sizes(17),)  # (K, kept)
-FAST = (  # what `make test` compiles of it
-    "slice_kernel.*CAUSAL1.*(SLICED1-ONE1-K16|SLICED0-ONE0)|merge_kernel.*ONE0|row_kernel.*HAS_LP0.*CAUSAL1.*K128|"
-    "(frame_kernel|key_kernel|pack_kernel).*_L1.*D3|asks_kernel|branch_kernel.*D3|warm_kernel.*D3|"
-    "walk_kernel.*MASKED0.*(D2-ONE1-K16|D3-ONE0)"
-)
+TREE = {
+    "D": tuple(range(1, 9)),
+    "k": SHORT,
+    "N": (100_003, 2**28),  # the larger ones, beyond 2 GiB, are other kernels on AMD
+    "flags": BRUTE["flags"][:4],
+    "queries": (True, False),
+    "warm": (False, True),
+    "masks": BRUTE["masks"],
+}
 
 
-def cases():
-    for case in (*brute_cases(), *tree_cases(), *walk_cases()):
-        yield replace(case, slow=not re.search(FAST, str(case)))
+def run(k, N, D, flags, queries, masks, dtype=torch.float32, warm=False, tree=False) -> None:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B = 1 if flags == "sets" else 2 if N < 2**28 else 1
+    M = N // 2 if queries else N
+    points, others = empty(B, N, D), empty(B, M, D) if queries else None
+    if flags == "sets":
+        ptr = empty(6, dtype=torch.int64)
+        brute.search(points, others, None, None, k, *masks, ptr, ptr if queries else None)
+        return
+    lengths, query_lengths = (empty(B, dtype=torch.int64) if name in flags.split() else None
+                              for name in ("lengths", "query_lengths"))  # fmt: skip
+    assert use_tree(B, N, M, D, dtype) == tree
+    known = empty(B, M, k, dtype=torch.int64) if warm else None
+    knn(points, others, lengths, query_lengths if queries else None, k, *masks, known)
 
 
-def of_lists(K: int, kept: int) -> dict[str, object]:
-    return {"ONE": kept == K, "K": K, "LOG": K.bit_length() - 1}
-
-
-def on_lists(kernel: object, constants: dict) -> Case:
-    options = lists.options(walk.registers(constants["D"]) if "D" in constants else brute.REGISTERS)
-    return Case(kernel, TYPES, {**constants, "LANES": 32}, options.pop("num_warps"), options, amd={"LANES": 64})
-
-
-def brute_cases():
-    flags = [
-        {"HAS_LP": ragged, "HAS_LQ": ragged, "SETS": sets, "CAUSAL": causal, "INCLUDE_SELF": include_self}
-        for causal, include_self, ragged, sets in (
-            (False, True, True, False), (False, False, False, False), (True, True, False, False),
-            (True, False, True, False), (False, True, False, True), (True, True, False, True),
-        )
-    ]  # fmt: skip
-    sizes = {"GROUP": brute.GROUP, "CAP": 32 + brute.GROUP}
-    for size in LISTS:
-        for sliced, flag in zip((False, True, True, False, False, True), flags, strict=True):
-            yield on_lists(brute.slice_kernel, {**flag, "SLICED": sliced, **of_lists(*size), **sizes})
-        yield on_lists(brute.merge_kernel, of_lists(*size))
-    double = {**TYPES, **dict.fromkeys(("P", "Q", "OUT_D"), POINTER[torch.float64])}
-    for flag in flags:
-        # The longest list takes half a minute to compile.
-        for K in (64, 128, 1024) if flag["HAS_LP"] and not flag["CAUSAL"] else (64, 128):
-            yield Case(brute.row_kernel, double, {**flag, "K": K}, options=brute.EXACT)
-
-
-def tree_cases():
-    frame, shape = {"MIDDLE": tree.MIDDLE, "REACH": tree.REACH}, {"LEAF": tree.LEAF, "FAN": tree.FAN}
-    yield Case(tree.asks_kernel, TYPES, {"BM": tree.BM})
-    for D in (1, 2, 3, 8):
-        for ragged in (False, True):
-            yield Case(tree.frame_kernel, TYPES, {"HAS_L": ragged, "D": D, "SAMPLE": tree.SAMPLE})
-            for queries in (False, True):
-                constants = {**frame, "HAS_L": ragged, "QUERIES": queries, "D": D, "BM": tree.BM}
-                yield Case(tree.key_kernel, TYPES, constants)
-            yield Case(tree.pack_kernel, TYPES, {"HAS_L": ragged, "HAS_ASKED": not ragged, "D": D, **shape})
-        yield Case(tree.branch_kernel, TYPES, {"D": D, "FAN": tree.FAN}, num_warps=1)
-
-
-def walk_cases():
-    sizes = {"LEAF": tree.LEAF, "FAN": tree.FAN, "CAP": 3 * tree.LEAF}
-    for D in (1, 2, 3, 8):
-        for size in LISTS:
-            for masked in (False, True):
-                flags = {"HAS_LQ": masked, "HAS_BOUND": masked, "MASKED": masked}
-                yield on_lists(walk.walk_kernel, {**flags, "D": D, **of_lists(*size), **sizes})
-        yield Case(warm.warm_kernel, TYPES, {"D": D, "BM": 128}, options=brute.EXACT)
+def calls():
+    usual = dict(flags="lengths", queries=False, masks=(True, True))
+    for k, N in ((16, 100), (16, 4096)):
+        yield functools.partial(run, k, N, 3, **usual), False
+    yield functools.partial(run, 100, 100, 3, dtype=torch.float64, **usual), False
+    for D, k in ((2, 16), (3, 100)):
+        yield functools.partial(run, k, 100_003, D, tree=True, warm=D == 3, **usual), False
+    for row in pairs(BRUTE):
+        yield functools.partial(run, **row), True
+    for row in pairs({**BRUTE, "k": LONG, "N": (100,)}):
+        yield functools.partial(run, dtype=torch.float64, **row), True
+    for row in pairs(TREE):
+        yield functools.partial(run, tree=True, **row), True

@@ -1,22 +1,21 @@
+import functools
+import itertools
+
 import torch
 
 from dfn_kernels.triton import farthest_points, set_means
 
-from . import POINTER, Case
 
-LONG = POINTER[torch.int64]
+def run(dtype, n, causal, D, start) -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    set_means.set_means_backward(set_means.set_means(empty(2, n, dtype=dtype), empty(4), causal), empty(4), causal)
+    points, starts = empty(n, D, dtype=dtype), empty(3) if start else None
+    farthest_points.farthest_points(points, empty(4), empty(4), starts, n)
 
 
-def cases():
-    for dtype in (torch.float32, torch.float64):
-        real, slow = POINTER[dtype], dtype == torch.float64
-        for causal in (False, True):
-            for backward in (False, True):
-                constants = {"CAUSAL": causal, "BACKWARD": backward, "BN": 1024}
-                yield Case(
-                    set_means.means_kernel, {"X": real, "Y": real, "PTR": LONG}, constants, options={}, slow=slow
-                )
-        types = {"P": real, "DISTS": real, **dict.fromkeys(("PTR", "OUT_PTR", "START", "OUT"), LONG)}
-        for start in (False, True):
-            constants = {"HAS_START": start, "BN": 1024}
-            yield Case(farthest_points.farthest_kernel, types, constants, options=farthest_points.EXACT, slow=slow)
+def calls():
+    for dtype, n, causal in itertools.product((torch.float32, torch.float64), (61, 4096), (True, False)):
+        for D in (3, 1, 16):
+            yield functools.partial(run, dtype, n, causal, D, start=causal), (dtype, n, D) != (torch.float32, 61, 3)

@@ -1,25 +1,28 @@
+import functools
+import itertools
+
 import torch
 
 from dfn_kernels.triton import pattern_route as op
 
-from . import POINTER, Case
+
+def run(dtype, tf32, bias, wide, aligned) -> None:
+    """`wide`: the output, and so its gradient, has the dtype of the weights."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    T, P, O, I = (4096, 16, 64, 256) if aligned else (61, 5, 37, 203)
+
+    def empty(*shape: int, dtype: torch.dtype = real) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weights, patterns = empty(T, I, dtype=dtype), empty(T, P), empty(P, O, I, dtype=dtype)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    out = op.pattern_route(x, weights, patterns, empty(O) if bias else None, None, wide)
+    op.pattern_route_backward(out, x, weights, patterns, None, True, True, True)
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def cases():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        real = torch.float64 if dtype == torch.float64 else torch.float32
-        types = {name: POINTER[real] for name in ("W", "BIAS", "DW")}
-        types |= {name: POINTER[dtype] for name in ("L", "G", "R", "X", "Y", "DP")}
-        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            flags = {"PRECISION": precision, "WIDEN": False}
-            for has in (True, False):
-                constants = {"BACKWARD": False, "HAS_BIAS": has, **flags, "SPAN": op.span(dtype, "tokens"),
-                             **op.tiles(dtype, "forward")}  # fmt: skip
-                yield Case(op.tokens_kernel, types, constants, op.warps(dtype), op.OPTIONS)
-            for grad in {dtype, real}:  # that of the output, which may be wide
-                used = {**types, "L": POINTER[grad], "G": POINTER[grad]}
-                constants = {"BACKWARD": True, "HAS_BIAS": False, **flags, "SPAN": op.span(grad, "tokens"),
-                             **op.tiles(grad, "backward")}  # fmt: skip
-                yield Case(op.tokens_kernel, used, constants, op.warps(grad), op.OPTIONS)
-                constants = {**flags, "SPAN": op.span(grad, "patterns"), **op.tiles(grad, "patterns")}
-                yield Case(op.patterns_kernel, used, constants, op.warps(grad), op.OPTIONS)
+def calls():
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
+        for tf32, wide in itertools.product((False, True) if dtype == torch.float32 else (False,), (False, True)):
+            for bias, aligned in ((True, True), (False, False), (False, True), (True, False)):
+                yield functools.partial(run, dtype, tf32, bias, wide, aligned), not (bias and aligned)

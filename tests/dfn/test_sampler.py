@@ -156,14 +156,3 @@ def test_adaptive_sampling_is_a_decibel_better_on_each_photograph():
     found = [compare(field, field.grid[0] * field.grid[1] // 10) for field in photographs().values()]
     assert all(f["adaptive"] > f["uniform"] + 1 for f in found), found
     assert sum(f["adaptive"] - f["regular"] for f in found) / 2 > 1, found
-
-
-@pytest.mark.slow
-def test_the_picture(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    from dfn.pictures.fields import entities_picture
-
-    figures = entities_picture(tmp_path / "entities.png", share=40)
-    assert (tmp_path / "entities.png").stat().st_size > 100_000
-    assert figures["adaptive"] > figures["uniform"]

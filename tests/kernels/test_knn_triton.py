@@ -101,6 +101,58 @@ def test_lists_of_any_length(k):
     check(torch.randn(N, 2, device=DEVICE).round(decimals=1), k, **MASKS[k % 4])
 
 
+# ---- long lists -----------------------------------------------------------------------------------------------------
+def check_long_lists(monkeypatch, walks, name, k, D, by_tree, mask, given) -> None:
+    """One search of 64 neighbours and more. In the interpreter a program takes all queries, for a wide block costs no
+    more than a narrow one, and boxes have the sizes that ship."""
+    if INTERPRETED:
+        for module, attribute, value in (
+            (lists, "LANES", 2048),
+            (tree, "LEAF", 16),
+            (tree, "FAN", 32),
+            (tree, "EARLY", 512),
+        ):
+            monkeypatch.setattr(module, attribute, value)
+    monkeypatch.setattr(package, "use_tree", lambda *sizes: by_tree)
+    n = k + 5 + len(name)
+    positions = point_sets.points(name, n, D).to(DEVICE)[None]
+    options = dict(mask)
+    if given == "lengths":
+        positions = torch.cat([positions, positions.flip(1)])
+        options |= dict(lengths=torch.tensor([n - 3, k // 2], device=DEVICE), check=False)
+    if given == "queries":
+        options = dict(queries=torch.cat([positions[:, ::3], -positions[:, 5::7]], 1))
+    check(positions, k, **options)
+    assert len(walks) == by_tree
+
+
+@pytest.mark.parametrize("by_tree", [False, True])
+def test_a_long_list(by_tree, monkeypatch, walks):
+    check_long_lists(monkeypatch, walks, "two rows", 65, 2, by_tree, MASKS[by_tree], "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, k", [("256 positions", 65), ("lattice", 300), ("normal", 1024)])
+def test_long_lists_in_float64(name, k):
+    """A program a query: few of them, and more points than are sorted at a time."""
+    positions = point_sets.points(name, 1103 + k, 3).to(DEVICE).double()
+    check(positions, k, queries=positions[-2:] / 3)
+
+
+# Time grows with the square of k: few of the longest ones.
+LONGEST = (64, 65, 128, 64, 65, 256, 64, 128, 65, 512, 128, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_tree", [False, True])
+@pytest.mark.parametrize("name", point_sets.NAMES)
+def test_long_lists(name, by_tree, monkeypatch, walks):
+    at = point_sets.NAMES.index(name)
+    k = 1024 if name == "normal" else LONGEST[(at + 5 * by_tree) % len(LONGEST)]
+    given = ("", "lengths", "queries")[(at + by_tree) % 3]
+    check_long_lists(monkeypatch, walks, name, k, 2 + at // 2 % 2, by_tree, MASKS[(at + at // 4) % 4], given)
+
+
 def test_many_equal_distances():
     """Which of them are kept is decided by index, in every leaf and every list."""
     for n, D, k in ((N, 2, 20),) if INTERPRETED else ((N, 1, 16), (N, 3, 100), (N, 8, 5)):

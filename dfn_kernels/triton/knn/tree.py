@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import NO_SPILLS
+
 LEAF = 16
 FAN = 32
 SAMPLE = 1024
@@ -334,7 +336,8 @@ def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
     counts = points if lengths is None else lengths
     frame = points.new_empty(B, D + 1)
     frame_kernel[(B,)](
-        points, counts, frame, N, HAS_L=lengths is not None, D=D, SAMPLE=SAMPLE, num_warps=4
+        points, counts, frame, N, HAS_L=lengths is not None, D=D, SAMPLE=SAMPLE, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
     keys, order = _keys(points, lengths, layout, frame, False).sort(stable=True)
     sizes = layout.slots, layout.C, layout.levels
@@ -356,6 +359,7 @@ def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
         tree.points, tree.ids, tree.rows, tree.seats, tree.edges, tree.first,
         total, N, layout.slots, pitch, layout.nodes, layout.branches, layout.C, layout.levels,
         HAS_L=lengths is not None, HAS_ASKED=layout.levels > 1, D=D, LEAF=LEAF, FAN=FAN, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
     branch_kernel[(layout.branches,)](
         tree.edges, tree.first, pitch, layout.nodes, layout.branches, D=D, FAN=FAN, num_warps=1

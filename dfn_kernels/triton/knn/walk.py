@@ -178,7 +178,7 @@ def seeds(k: int) -> int:
 
 
 def registers(D: int) -> int:
-    return 144 if D <= 3 else 192
+    return 152 if D <= 3 else 192 if D <= 6 else 224
 
 
 def search(
