@@ -7,6 +7,7 @@ from pathlib import Path
 from dfn.style import INK, OURS, PALE, SMALL, VERMILLION, label_ends, picture
 
 from .measure import Row
+from .names import readable
 from .report import best_peer
 
 MINE = ("native", "triton")  # our backends that are shown
@@ -29,7 +30,7 @@ def draw(result: Path) -> Path:
 def speedups(rows: list[Row]) -> list[tuple[float, str, str]]:
     """Ratio, what was measured, and the fastest peer."""
     return [
-        (row.ratio, f"{row.case}, {row.mode}", peer.who)
+        (row.ratio, f"{readable(row.case)}, {row.mode}", peer.who)
         for row in rows
         if row.who in MINE and row.ms and row.ratio and (peer := best_peer(row, rows))
     ]

@@ -17,7 +17,7 @@ from ._checks import (
 from ._transforms import per_head
 from .flow_drift import Drift, drift_heads
 from .gather_plan import GatherPlan
-from .gaussian_gather import gather_heads
+from .gaussian_gather import gather
 from .knn import MOST_NEIGHBORS, Neighbors
 from .knn import _search as search
 from .packed import check_offset_values, check_sets
@@ -282,7 +282,7 @@ def flow_attention(
         if extra_positions is not None:
             influence = _with_extra(influence, extra_influence, points, extra_positions)
             points, values = torch.cat([points, extra_positions], 2), torch.cat([values, extra_values], 2)
-        context = gather_heads(
+        context = gather(
             points, queries, values, GatherPlan(neighbors.indices), sigma, influence, normalize, neighbors.sq_dists
         )
 

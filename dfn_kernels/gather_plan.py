@@ -1,6 +1,7 @@
 """What gathers over the same neighbours share: orders and transposed lists. From top to bottom: schema, fake, backends,
 public."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -88,19 +89,32 @@ class _ListsFunction(OpFunction):
     op = _lists_op
 
 
+def with_heads(x: Tensor, dims: int = 4) -> Tensor:
+    """[N, ..] or [B, N, ..] as [B, H, N, ..], which has so many dimensions: a view."""
+    missing = dims - x.ndim
+    return x if missing == 0 else x.unsqueeze(1) if missing == 1 else x[None, None]
+
+
+def without_heads(x: Tensor, dims: int) -> Tensor:
+    """The way back, to so many dimensions."""
+    missing = x.ndim - dims
+    return x if missing == 0 else x.squeeze(1) if missing == 1 else x.squeeze((0, 1))
+
+
 def shared_heads(x: Tensor) -> bool:
     """Whether all heads of [B, H, ..] are one and the same memory."""
     return x.shape[1] > 1 and x.stride(1) == 0
 
 
 def spatial_order(points: Tensor, indices: Tensor, row_bytes: int, backend: str) -> Tensor | None:
-    """An order of the points [B, H, n, D] that keeps rows of `row_bytes` in the cache; None where it does not pay."""
-    B, H, n, _ = points.shape
-    together = n * row_bytes <= CACHE["cpu"] if points.device.type == "cpu" else B * H * n * row_bytes <= CACHE["gpu"]
-    if indices.shape[-1] < 2 or together:
+    """An order of the points [.., n, D] that keeps rows of `row_bytes` in the cache, int32 [B, H, n]; None where it
+    does not pay."""
+    rows = points.shape[-2] if points.device.type == "cpu" else math.prod(points.shape[:-1])
+    if indices.shape[-1] < 2 or rows * row_bytes <= CACHE["cpu" if points.device.type == "cpu" else "gpu"]:
         return None
-    points = points[:, :1] if shared_heads(indices) else points
-    return call(_order_op, _OrderFunction, points.detach(), backend)
+    points = with_heads(points.detach())
+    points = points[:, :1] if shared_heads(with_heads(indices)) else points
+    return call(_order_op, _OrderFunction, points, backend)
 
 
 def fits(op: str, plan: GatherPlan, entities: int) -> None:
@@ -160,7 +174,7 @@ def gather_plan(indices: Tensor, positions: Tensor, query_positions: Tensor | No
         return GatherPlan(indices)
     real = compute_dtype(positions, query_positions)
 
-    rows = indices[(None,) * (2 - len(lead))] if len(lead) != 1 else indices.unsqueeze(1)
+    rows = with_heads(indices)
     (B, H), shared = rows.shape[:2], shared_heads(rows)
 
     def order(points: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Gaussian-weighted gather over given neighbours. Top to bottom: check, schema, fake, backends, autograd, public."""
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ._checks import (
     same_device,
 )
 from ._transforms import OpFunction, call, per_head
-from .gather_plan import GatherPlan, fits, shared_heads, spatial_order
+from .gather_plan import GatherPlan, fits, shared_heads, spatial_order, with_heads, without_heads
 from .reference.gaussian_gather import gaussian_gather as reference
 
 _backends.register("gaussian_gather", cuda=True)
@@ -63,19 +65,11 @@ def _check(positions, values, indices, sigma, influence, query_positions) -> Non
             raise ValueError(f"{OP}: sigma must be positive and finite, got {sigma}")
 
 
-def _as_bhn(x: Tensor | None, lead: int, after: int) -> Tensor | None:
-    """Views x with the leading dims [B, H]: `lead` of them are there, `after` dims follow."""
-    if x is None:
-        return None
-    if lead == 0:
-        return x.view(1, 1, *x.shape)
-    return x.unsqueeze(1) if x.ndim == 1 + after else x
-
-
-# ---- schema: everything [B, H, ...], positions, queries, sigma and influence in float32, or all in float64 ----------
+# ---- schema: everything [B, H, ..], or all but sigma and the plan's without these; positions, queries, sigma and ---
+# ---- influence in float32, or all in float64 ------------------------------------------------------------------------
 @torch.library.custom_op("dfn::gaussian_gather", mutates_args=())
 def _op(
-    positions: Tensor,  # [B, H, N, D]
+    positions: Tensor,  # [B, H, N, D]; or [B, N, D] or [N, D], and so on
     queries: Tensor,  # [B, H, M, D]
     values: Tensor,  # [B, H, N, c]
     indices: Tensor,  # [B, H, M, k]; [B, 1, M, k] if the heads share them
@@ -89,11 +83,9 @@ def _op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> Tensor:  # [B, H, M, c]
-    return _launcher(backend, values).gaussian_gather(
-        *_dense(positions, queries, values, indices, sigma, influence),
-        *_dense_or_none(sq_dists, query_order),
-        normalize,
-    )
+    launcher = _launcher(backend, values)
+    tensors = positions, queries, values, indices, sigma, influence, sq_dists, query_order
+    return without_heads(launcher.gaussian_gather(*_laid_out(launcher, *tensors), normalize), values.ndim)
 
 
 @torch.library.custom_op("dfn::gaussian_gather_backward", mutates_args=())
@@ -114,10 +106,15 @@ def _backward_op(
     starts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # for positions, queries, values, sigma, influence; or empty
-    return _launcher(backend, values, backward=True).gaussian_gather_backward(
-        dense_rows(grad), *_dense(positions, queries, values, indices, sigma, influence),
-        *_dense_or_none(sq_dists, query_order, entity_order, starts, edges), normalize, wanted,
-    )  # fmt: skip
+    launcher = _launcher(backend, values, backward=True)
+    tensors = positions, queries, values, indices, sigma, influence, sq_dists, query_order, entity_order, starts, edges
+    grad = dense_rows(grad if launcher is _native.cpu else with_heads(grad))
+    grads = launcher.gaussian_gather_backward(grad, *_laid_out(launcher, *tensors), normalize, wanted)
+    if launcher is _native.cpu:
+        return grads
+    p, q, v, s, w = grads
+    p, q, v = (x if x.ndim == 1 else without_heads(x, values.ndim) for x in (p, q, v))
+    return p, q, v, s, w if w.ndim == 1 else without_heads(w, values.ndim - 1)
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -126,10 +123,14 @@ def empty_rows(like: Tensor, B: int, H: int, n: int, c: int) -> Tensor:
     return like.new_empty(B, n, H, c).transpose(1, 2)
 
 
+def _empty_like_values(values: Tensor, n: int) -> Tensor:
+    *lead, _, c = values.shape
+    return empty_rows(values, *lead, n, c) if len(lead) == 2 else values.new_empty(*lead, n, c)
+
+
 @_op.register_fake
 def _(positions, queries, values, indices, sigma, influence, normalize, backend, *reuse):
-    B, H, _, c = values.shape
-    return empty_rows(values, B, H, indices.shape[2], c)
+    return _empty_like_values(values, indices.shape[-2])
 
 
 @_backward_op.register_fake
@@ -137,7 +138,7 @@ def _(grad, positions, queries, values, indices, sigma, influence, normalize, wa
     return (
         positions.new_empty(positions.shape if wanted & WANTED["positions"] else 0),
         queries.new_empty(queries.shape if wanted & WANTED["queries"] else 0),
-        empty_rows(values, *values.shape) if wanted & WANTED["values"] else values.new_empty(0),
+        _empty_like_values(values, values.shape[-2]) if wanted & WANTED["values"] else values.new_empty(0),
         sigma.new_empty(sigma.shape if wanted & WANTED["sigma"] else 0),
         sigma.new_empty(influence.shape if influence is not None and wanted & WANTED["influence"] else 0),
     )
@@ -156,24 +157,23 @@ def _launcher(backend: str, like: Tensor, backward: bool = False):
     return cuda
 
 
-def _indices(x: Tensor) -> Tensor:
-    """Dense; [B, 1, M, k] where they are expanded over the heads, so that they are prepared once."""
-    return (x[:, :1] if shared_heads(x) else x).contiguous()
-
-
-def _dense(positions, queries, values, indices, sigma, influence) -> tuple:
+def _laid_out(launcher, positions, queries, values, indices, sigma, influence, sq_dists, *plan) -> tuple:
+    """Dense, and [B, H, ..] except for the CPU's C++: there a view takes as long as a hundred edges. Indices that are
+    expanded over the heads as [B, 1, M, k], so that they are prepared once."""
+    if launcher is not _native.cpu:
+        positions, queries, values, indices = map(with_heads, (positions, queries, values, indices))
+        influence = None if influence is None else with_heads(influence, 3)
+        sq_dists = None if sq_dists is None else with_heads(sq_dists)
+    if values.ndim == 4 and shared_heads(indices):
+        indices = indices[:, :1]
     return (
         positions.contiguous(),
         queries.contiguous(),
         dense_rows(values),
-        _indices(indices),
+        indices.contiguous(),
         sigma.contiguous(),
-        *_dense_or_none(influence),
+        *(None if x is None else x.contiguous() for x in (influence, sq_dists, *plan)),
     )
-
-
-def _dense_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
 
 
 # ---- autograd: shared by the registered ops and the public Function -------------------------------------------------
@@ -189,15 +189,16 @@ def _second(ctx, *moves):
     """The op's second derivative. What the backward pass returns are the gradients of <grad, y>; along `moves`, the
     gradients to them, they add up to <grad, dy>, where dy is how y moves with its inputs. The reference says how, for
     pieces of the queries: nothing larger than a piece exists."""
-    grad, positions, queries, values, indices, sigma, influence = ctx.saved_tensors
+    *tensors, sigma, influence = ctx.saved_tensors
+    dims = tensors[3].ndim
+    grad, positions, queries, values, indices = map(with_heads, tensors)
     real, (B, H, N, c) = positions.dtype, values.shape
-    if influence is None:
-        influence = positions.new_ones(B, H, N)
+    influence = positions.new_ones(B, H, N) if influence is None else with_heads(influence, 3)
     inputs = positions, queries, values.to(real), sigma, influence
     moving = [i for i, bit in enumerate(WANTED.values()) if ctx.wanted & bit and moves[i] is not None]
     if not moving:
         return (None,) * 15
-    directions = tuple(moves[i].to(real) for i in moving)
+    directions = tuple(moves[i].to(real).view_as(inputs[i]) for i in moving)
     (M, k), indices = indices.shape[2:], indices.expand(B, H, -1, -1)
     step = max(1, MOST_ROWS // max(1, B * H * k * max(c, 1)))
     grads_of_grad, grads = [], [torch.zeros_like(x) for x in inputs]
@@ -221,7 +222,8 @@ def _second(ctx, *moves):
         for i, more in enumerate(pull(grad[:, :, rows].to(real))):
             grads[i] = grads[i] + more
     p, q, v, s, w = grads
-    given = torch.cat(grads_of_grad, 2).to(grad.dtype), p, q, v.to(values.dtype), None, s, w
+    to_grad, p, q, v = (without_heads(x, dims) for x in (torch.cat(grads_of_grad, 2), p, q, v))
+    given = to_grad.to(grad.dtype), p, q, v.to(values.dtype), None, s, without_heads(w, dims - 1)
     given = tuple(x if needed else None for x, needed in zip(given, ctx.needs_input_grad, strict=False))
     return *given, *(None,) * 8
 
@@ -243,7 +245,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     asked = (*needs[:3], *needs[4:6])
-    wanted = sum(bit for bit, needed in zip(WANTED.values(), asked, strict=True) if needed)
+    wanted = sum(compress(WANTED.values(), asked))
     saved = ctx.saved_tensors  # once: checkpointing lets a tensor be unpacked a single time
     options = ctx.normalize, wanted, ctx.backend
     grads = call(_backward_op, _BackwardFunction, grad, *saved[:6], *options, *saved[6:])
@@ -265,19 +267,22 @@ class GaussianGatherFunction(OpFunction):
     backward = staticmethod(_backward)
 
 
-# ---- from [B, H, ..] on, without checks: what flow_attention calls, too ---------------------------------------------
-def gather_heads(
+# ---- without checks: what flow_attention calls, too -----------------------------------------------------------------
+def gather(
     positions: Tensor, queries: Tensor, values: Tensor, plan: GatherPlan, sigma: float | Tensor,
     influence: Tensor | None, normalize: bool, sq_dists: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The op on everything [B, H, ..]. A plan without orders and lists is one of indices alone."""
-    B, H, N, c = values.shape
+    """The op on everything [B, H, ..], [B, ..] or neither. A plan without orders and lists is one of indices alone."""
+    *lead, N, c = values.shape
+    H = lead[1] if len(lead) == 2 else 1
     real, out_dtype = compute_dtype(positions, values, queries), values.dtype
     own = queries is positions
     positions = positions.to(real)
     queries = positions if own else queries.to(real)
     if influence is not None:
-        influence = influence.to(real).expand(B, H, N)
+        influence = influence.to(real)
+        if len(lead) == 2:
+            influence = with_heads(influence, 3).expand(*lead, N)
     if isinstance(sigma, Tensor):
         sigma = sigma.to(real).expand(H)
     else:
@@ -286,19 +291,23 @@ def gather_heads(
         values = values.double()
 
     backend = _backends.choose(OP, values.device.type)
+    indices = plan.indices
     if backend == "reference":
-        return reference(positions, queries, values, plan.indices, sigma, influence, normalize).to(out_dtype)
+        whole = map(with_heads, (positions, queries, values, indices))
+        influence = None if influence is None else with_heads(influence, 3)
+        return without_heads(reference(*whole, sigma, influence, normalize), values.ndim).to(out_dtype)
     reuse = plan[1:5] if plan.backend == backend else (None,) * 4
     # Once, for the forward and the backward pass. Triton's is a sort: only beside a search, which costs more than that.
     if reuse[0] is None and (backend == "native" or sq_dists is not None):
         row_bytes = c * values.itemsize
-        query_order = spatial_order(queries, plan.indices, row_bytes, backend)
+        query_order = spatial_order(queries, indices, row_bytes, backend)
         later = own or values.device.type == "cpu" or not torch.is_grad_enabled()  # the CPU's backward pass sees to it
-        entity_order = None if later else spatial_order(positions, plan.indices, row_bytes, backend)
+        entity_order = None if later else spatial_order(positions, indices, row_bytes, backend)
         reuse = query_order, query_order if own else entity_order, None, None
     if sq_dists is not None:
         sq_dists = sq_dists.detach() if sq_dists.dtype == real else None
-    indices = plan.indices[:, :1] if shared_heads(plan.indices) else plan.indices
+    if len(lead) == 2 and shared_heads(indices):
+        indices = indices[:, :1]
     arguments = positions, queries, values, indices, sigma, influence, normalize, backend, sq_dists, *reuse
     return call(_op, GaussianGatherFunction, *arguments).to(out_dtype)
 
@@ -354,12 +363,8 @@ def gaussian_gather(
     are_flags(OP, normalize=normalize)
     _check(positions, values, plan.indices, sigma, influence, query_positions)
     fits(OP, plan, values.shape[-2])
-    lead = values.ndim - 2
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype != torch.float64:
         values = values.to(torch.get_autocast_dtype(device))
-    values, positions = _as_bhn(values, lead, 2), _as_bhn(positions, lead, 2)
-    queries = positions if query_positions is None else _as_bhn(query_positions, lead, 2)
-    plan = plan._replace(indices=_as_bhn(plan.indices, lead, 2))
-    out = gather_heads(positions, queries, values, plan, sigma, _as_bhn(influence, lead, 1), normalize)
-    return out if lead == 2 else out.squeeze(1) if lead == 1 else out.squeeze((0, 1))
+    queries = positions if query_positions is None else query_positions
+    return gather(positions, queries, values, plan, sigma, influence, normalize)

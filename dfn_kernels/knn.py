@@ -140,6 +140,21 @@ def _op(
     return sq_dists, indices
 
 
+@torch.library.custom_op("dfn::knn_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,  # [B, M, k]
+    points: Tensor,
+    queries: Tensor | None,
+    indices: Tensor,  # [B, M, k]
+    absolute: bool,
+    of_points: bool,
+    of_queries: bool,
+) -> tuple[Tensor, Tensor]:  # for points and queries; empty where not wanted, or where the points are the queries
+    queries = None if queries is None else queries.contiguous()
+    arguments = grad, points.contiguous(), queries, indices.contiguous(), absolute, of_points, of_queries
+    return _native.cpu.knn_backward(*arguments)
+
+
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
 def _(points, queries, lengths, query_lengths, k, causal, include_self, check, warm, index, backend, *sets):
@@ -147,27 +162,48 @@ def _(points, queries, lengths, query_lengths, k, causal, include_self, check, w
     return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
 
+@_backward_op.register_fake
+def _(grad, points, queries, indices, absolute, of_points, of_queries):
+    return (
+        points.new_empty(points.shape if of_points else 0),
+        points.new_empty(queries.shape if of_queries else 0),
+    )
+
+
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
+class _BackwardFunction(OpFunction):
+    op = _backward_op
+
+
 def _setup_context(ctx, inputs, output) -> None:
     points, queries = inputs[:2]
-    ctx.absolute = inputs[-1]
+    ctx.backend, ctx.absolute = inputs[10], len(inputs) > 14 and inputs[14]
     ctx.save_for_backward(points, queries, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # nobody needs zeros for the indices
 
 
 def _backward(ctx, grad, _):
+    points, queries, indices = ctx.saved_tensors
+    nothing = (None,) * 13
+    of_points, of_queries = ctx.needs_input_grad[:2]
+    if grad is None or points.shape[1] == 0:
+        return (None, None, *nothing)
+    if ctx.backend != "native" or torch.is_grad_enabled():  # a derivative of this one may be wanted
+        return (*_gradient(grad, points, queries, indices, ctx.absolute), *nothing)
+    arguments = grad, points, queries, indices, ctx.absolute, of_points, of_queries
+    to_points, to_queries = call(_backward_op, _BackwardFunction, *arguments)
+    return (to_points if of_points else None, to_queries if of_queries else None, *nothing)
+
+
+def _gradient(grad, points, queries, indices, absolute) -> tuple[Tensor, Tensor | None]:
     """d |q - p|^2 = 2 (p - q) (dp - dq), in differentiable operations: the second derivative is right, too.
 
     Of absolute differences sign(p - q) (dp - dq), 0 where they are equal.
     """
-    points, queries, indices = ctx.saved_tensors
     own = queries is None
     B, N, D = points.shape
     M, k = indices.shape[1:]
-    nothing = (None,) * 13
-    if grad is None or N == 0:
-        return (None, None, *nothing)
     missing = (indices < 0).unsqueeze(-1)
     flat = indices.clamp(min=0)
     if B > 1:
@@ -175,13 +211,13 @@ def _backward(ctx, grad, _):
     flat = flat.flatten()
     neighbors = points.reshape(B * N, D).index_select(0, flat).view(B, M, k, D)
     away = (neighbors - (points if own else queries).unsqueeze(2)).masked_fill(missing, 0)
-    slope = away.sign() if ctx.absolute else 2 * away
+    slope = away.sign() if absolute else 2 * away
     push = grad.unsqueeze(-1).masked_fill(missing, 0) * slope  # [B, M, k, D]
     to_queries = -push.sum(2)
     to_points = to_queries if own else torch.zeros_like(points)
     # Not index_add: that takes eight times as long on the CPU, and on a GPU it adds in any order.
     to_points = to_points.reshape(B * N, D).index_put((flat,), push.reshape(-1, D), accumulate=True).view(B, N, D)
-    return (to_points, None if own else to_queries, *nothing)
+    return to_points, None if own else to_queries
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

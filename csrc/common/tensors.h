@@ -56,10 +56,12 @@ inline void check_offsets(const Tensor& ptr, const char* name, int64_t n) {
   STD_TORCH_CHECK(ascends, name, ": expected to ascend from 0 to ", n);
 }
 
+// Of [B, H, n, c], or [B, n, c], or [n, c].
 inline Rows rows_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1 || t.numel() == 0, name, ": expected a dense last dimension");
-  return Rows{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims >= 2 && dims <= 4, name, ": expected 2 to 4 dimensions, got ", dims);
+  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1 || t.numel() == 0, name, ": expected a dense last dimension");
+  return Rows{t.data_ptr(), dims > 2 ? t.stride(0) : 0, dims > 3 ? t.stride(1) : 0, t.stride(dims - 2)};
 }
 
 // What torch says where memory is missing does not come through the stable ABI.

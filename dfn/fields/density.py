@@ -88,7 +88,7 @@ class LearnedDensity(nn.Module):
         if (field.dim, v.shape[-1]) != (self.dim, self.channels):
             want, got = f"{self.dim} axes and {self.channels} channels", f"{field.dim} and {v.shape[-1]}"
             raise ValueError(f"LearnedDensity: field must have {want}, got {got}")
-        x = self.first(v.to(self.first.weight.dtype).movedim(-1, 1))
+        x = self.first(v.to(next(self.parameters()).dtype).movedim(-1, 1))
         return nn.functional.softplus(self.second(nn.functional.gelu(x)))[:, 0]
 
 

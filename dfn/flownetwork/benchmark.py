@@ -76,7 +76,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, None]:
         N = ids.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(N, device=ids.device)
-        h = self.embedding(ids) + self.places.weight[:N]
+        h = self.embedding(ids) + self.places(torch.arange(N, device=ids.device))
         return self.encoder(h, mask, is_causal=True) @ self.embedding.weight.T, None
 
 

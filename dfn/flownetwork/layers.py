@@ -9,10 +9,10 @@ from dfn_kernels import BlockDensity, low_rank_route, pattern_route
 from dfn_kernels._checks import are_sizes
 from dfn_kernels.pattern_route import route as route_some_blocks
 
-from ..models.linears import is_torchao
+from ..models.linears import is_plain, is_torchao, weight_of
 from ..training.losses import wide
 from .metrics import FlowMetrics
-from .quantized import quantized_router
+from .quantized import only_largest, quantized_router
 
 
 class AdaptiveFlowRouter(nn.Module):
@@ -28,6 +28,10 @@ class AdaptiveFlowRouter(nn.Module):
 
     `forward(x)` returns the mixed matrices ``[.., O, I]`` and metrics, as published, for looking at; `route(x)` returns
     ``y [.., O]`` and metrics without building them.
+
+    The patterns live in linear layers, `bank` or `down` and `up`. Adapters, hooks, pruning and parametrisations may be
+    put on these: they are then called with x, and a full-rank router's memory grows by ``[T, P, O]``. Density and
+    block_density, which look at the connections, ask for the layer's matrix: what it makes of the unit vectors.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class AdaptiveFlowRouter(nn.Module):
         self.input_dim, self.output_dim, self.num_patterns = input_dim, output_dim, num_patterns
         self.rank, self.top_k, self.density = rank, top_k, density
         self.pattern_selector = nn.Linear(input_dim, num_patterns)
-        # The patterns live in linear layers, so that torch's quantize_dynamic finds and quantises them.
+        # Linear layers, so that torch's quantize_dynamic, adapters and their like find them.
         if rank is None:
             self.bank = nn.Linear(input_dim, num_patterns * output_dim, bias=False)
         else:
@@ -72,7 +76,7 @@ class AdaptiveFlowRouter(nn.Module):
 
     def _look(self) -> None:
         """torchao leaves no trace but the weights themselves: whoever uses them first looks at what they are."""
-        if self.int8 is None and is_torchao((self.bank if self.rank is None else self.down).weight):
+        if self.int8 is None and is_torchao(getattr(self.bank if self.rank is None else self.down, "weight", None)):
             self._repack()
 
     def _repack(self) -> None:
@@ -82,23 +86,24 @@ class AdaptiveFlowRouter(nn.Module):
                 self._modules.pop(name, None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """up ``[P, O, r]`` and down ``[P, r, I]`` of low-rank patterns, views of the parameters."""
+        """up ``[P, O, r]`` and down ``[P, r, I]`` of low-rank patterns, views of plain layers' parameters."""
         self._look()
         if self.int8 is not None:
             return self.int8.factors()
-        up = self.up.weight.view(self.output_dim, self.num_patterns, self.rank).transpose(0, 1)
-        return up, self.down.weight.view(self.num_patterns, self.rank, self.input_dim)
+        P, r = self.num_patterns, self.rank
+        up = weight_of(self.up, P * r).unflatten(1, (P, r)).transpose(0, 1)
+        return up, weight_of(self.down, self.input_dim).unflatten(0, (P, r))
 
     @property
     def patterns(self) -> Tensor:
-        """``[P, O, I]``: a view of the parameters; multiplied out for low-rank patterns."""
+        """``[P, O, I]``: a view of a plain layer's parameters; multiplied out for low-rank patterns."""
         self._look()
         if self.rank is not None:
             up, down = self.factors()
             return up @ down
         if self.int8 is not None:
             return self.int8.bank.dequantize()
-        return self.bank.weight.view(self.num_patterns, self.output_dim, self.input_dim)
+        return weight_of(self.bank, self.input_dim).unflatten(0, (self.num_patterns, self.output_dim))
 
     def set_density(self, density: float | None, *, blocks: bool = False) -> None:
         """The share of connections that counts from now on, token by token or by `blocks`, chosen now; None for all."""
@@ -133,14 +138,32 @@ class AdaptiveFlowRouter(nn.Module):
             return y, FlowMetrics.of(w, share)
         w = self.weights(x)
         if self.rank is not None:
-            return low_rank_route(x, w, *self.factors(), bias), FlowMetrics.of(w)
+            return self._route_low_rank(x, w, bias), FlowMetrics.of(w)
         if self.blocks is not None:
             return self._route_blocks(x, w, bias)
+        if self.density is None and not is_plain(self.bank):
+            return self._route_called(x, w, bias)
         if self.top_k is None and self.density is None:
             return pattern_route(x, w, self.patterns, bias), FlowMetrics.of(w)
         sparse = dict(top_k=self.top_k, density=self.density, return_share=True)
         y, active = pattern_route(x, w, self.patterns, bias, **sparse)
         return y, FlowMetrics.of(w, active)
+
+    def _route_low_rank(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if is_plain(self.down) and is_plain(self.up):
+            return low_rank_route(x, w, *self.factors(), bias)
+        inner = self.down(x).unflatten(-1, (self.num_patterns, self.rank))
+        y = self.up((inner * w.unsqueeze(-1)).to(inner.dtype).flatten(-2))
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _route_called(self, x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, FlowMetrics]:
+        """What the patterns make of x, one by one, and then their mixture."""
+        each = self.bank(x).unflatten(-1, (self.num_patterns, self.output_dim))
+        used, share = w, None
+        if self.top_k is not None:
+            used, share = only_largest(w, self.top_k), w.new_full((), self.top_k / self.num_patterns)
+        y = (used.unsqueeze(-1) * each).sum(-2)
+        return (y if bias is None else y + bias).to(each.dtype), FlowMetrics.of(w, share)
 
     def _route_blocks(self, x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, FlowMetrics]:
         sparse = (self.blocks, self.block_share)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dfn_kernels._checks import are_sizes
 
 from ..models.layers import FlowMixer
+from ..models.linears import rows_of
 from ..training.losses import language_modelling
 from .layers import AdaptiveFlowRouter, FlowLayer
 from .metrics import FlowMetrics, NetworkMetrics
@@ -31,7 +32,7 @@ def sinusoids(length: int, dim: int) -> Tensor:
 def restore_positions(model: "FlowNetwork", keys: object) -> None:
     """The codes, which no checkpoint holds, of a model that was built on the meta device."""
     codes = sinusoids(*model.positions.shape)
-    model.positions = codes.to(model.embedding.weight.device, model.positions.dtype)
+    model.positions = codes.to(next(model.parameters()).device, model.positions.dtype)
 
 
 class FlowNetwork(nn.Module):
@@ -71,7 +72,7 @@ class FlowNetwork(nn.Module):
         if d_model % 2:
             raise ValueError(f"FlowNetwork: d_model must be even, got {d_model}")
         sparse = dict(rank=rank, top_k=top_k, density=density, block_density=block_density)
-        self.tie_output, self.max_seq_len = tie_output, max_seq_len
+        self.vocab_size, self.tie_output, self.max_seq_len = vocab_size, tie_output, max_seq_len
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_output else 1.0)
         self.register_buffer("positions", sinusoids(max_seq_len, d_model), persistent=False)
@@ -94,7 +95,7 @@ class FlowNetwork(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
         h, metrics = self._states(ids)
-        return (vocabulary_logits(h, self.embedding.weight) if self.tie_output else h), metrics
+        return (vocabulary_logits(h, self._table()) if self.tie_output else h), metrics
 
     def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, NetworkMetrics]:
         """Mean cross-entropy of the logits in nats, at least float32, and metrics; targets int64 ``[B, N]``.
@@ -103,8 +104,11 @@ class FlowNetwork(nn.Module):
         """
         h, metrics = self._states(ids)
         if self.tie_output:
-            return vocabulary_loss(h, self.embedding.weight, targets), metrics
+            return vocabulary_loss(h, self._table(), targets), metrics
         return language_modelling(h, targets), metrics
+
+    def _table(self) -> Tensor:
+        return rows_of(self.embedding, self.vocab_size)
 
     def _states(self, ids: Tensor) -> tuple[Tensor, NetworkMetrics]:
         """What the output layer returns."""
@@ -116,7 +120,7 @@ class FlowNetwork(nn.Module):
             )
         tokens = self.embedding(ids)
         if self.tie_output:  # a table fit for the output has small rows
-            tokens = tokens * self.embedding.embedding_dim**0.5
+            tokens = tokens * self.positions.shape[1] ** 0.5
         places = self.positions[: ids.shape[1]].to(tokens.dtype).expand_as(tokens)
         h, first = self.input_layer(torch.cat([tokens, places], -1))
         metrics = NetworkMetrics([first])

@@ -7,7 +7,7 @@ from dfn_kernels.pattern_route import largest, spread_blocks
 from dfn_kernels.quantized_low_rank import QuantizedLowRank
 from dfn_kernels.quantized_route import QuantizedPatterns, int8_rows
 
-from ..models.linears import dense, int8, is_quantised
+from ..models.linears import dense, int8, is_plain, is_quantised
 
 
 class QuantizedFullRank(nn.Module):
@@ -26,20 +26,22 @@ class QuantizedFullRank(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         w = self.selector(x, x.new_ones((), dtype=torch.float32).expand(*x.shape[:-1], 1), self.selector_bias)
         w = w.float().softmax(-1)
-        return self.bank(x, w if self.top_k is None else _only_largest(w, self.top_k), bias), w
+        return self.bank(x, w if self.top_k is None else only_largest(w, self.top_k), bias), w
 
 
-def _only_largest(w: Tensor, k: int) -> Tensor:
+def only_largest(w: Tensor, k: int) -> Tensor:
     flat = w.flatten(0, -2)
     chosen = largest(flat, k)
     return torch.zeros_like(flat).scatter(1, chosen, flat.gather(1, chosen)).view_as(w)
 
 
 def quantized_router(router: nn.Module) -> nn.Module | None:
-    """From a router whose pattern layers torch has quantised: the module that takes their place; else None."""
+    """From a router whose pattern layers were quantised: the module that takes their place; else None."""
     layers = [router.bank] if router.rank is None else [router.down, router.up]
-    if not any(is_quantised(layer) for layer in layers):
+    if not any(map(is_quantised, layers)):
         return None
+    if not all(is_quantised(layer) or is_plain(layer) for layer in (router.pattern_selector, *layers)):
+        return None  # an adapter or a hook beside: the layers are called
     selector, *parts = (_int8(layer) for layer in (router.pattern_selector, *layers))
     bias = dense(router.pattern_selector)[1]
     if router.rank is not None:

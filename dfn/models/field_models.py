@@ -140,6 +140,12 @@ class DFNClassifier(nn.Module):
         return self.head(self.trunk(entities), entities.influence)
 
 
+def some_of(like: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """True with a chance of ``share``, and at least once: bool, shaped as ``like``, which must not be empty."""
+    drawn = torch.rand(like.shape, generator=generator, device=like.device)
+    return (drawn < share) | (drawn == drawn.min())
+
+
 def masked_reconstruction_loss(
     model: DFNFieldModel, entities: Entities, *, kind: str | None = None, share: float = 0.4,
     generator: torch.Generator | None = None,
@@ -150,7 +156,7 @@ def masked_reconstruction_loss(
     """
     if not 0 < share <= 1:
         raise ValueError(f"masked_reconstruction_loss: share must be above 0 and at most 1, got {share}")
-    hidden = torch.rand(entities.influence.shape, generator=generator, device=entities.influence.device) < share
+    hidden = some_of(entities.influence, share, generator)
     return field_reconstruction(model.reconstruct(entities, hidden, kind=kind), entities.states.detach(), hidden)
 
 

@@ -12,16 +12,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..training.graphed import has_hooks
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling it is nothing but ``W x + b`` with the tensors that it holds.
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling it is nothing but ``W x + b`` with the tensors that it holds (of an embedding: its rows).
 
     Not so, and to be called: whatever took its place (adapters, layers that torch.ao quantised), parametrisations,
     hooks (pruning and the old weight_norm are some), another ``forward`` on the object, weights of a kind of their own
     (torchao's int8, DTensor).
     """
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+    if type(layer) is not kind or _is_watched(layer):
         return False
-    return not (has_hooks(linear) or _has_any_global_hook() or is_traceable_wrapper_subclass(linear.weight))
+    return not is_traceable_wrapper_subclass(layer.weight)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return "forward" in layer.__dict__ or has_hooks(layer) or _has_any_global_hook()
 
 
 def dtype_of(linear: nn.Module) -> torch.dtype:
@@ -54,13 +58,31 @@ def operands(x: Tensor, *linears: nn.Module) -> tuple[Tensor, list[Tensor], list
     return torch.cat(results, -1), list(identity.split(sizes)), [None] * len(linears)
 
 
+def weight_of(linear: nn.Module, in_features: int) -> Tensor:
+    """``[out, in]``, the matrix that a layer without bias amounts to: its weight; what is not plain is asked where it
+    takes the unit vectors."""
+    if is_plain(linear):
+        return linear.weight
+    device = next((p.device for p in linear.parameters()), None)
+    return applied(linear, torch.eye(in_features, device=device)).to(dtype_of(linear)).T
+
+
+def rows_of(embedding: nn.Module, number: int) -> Tensor:
+    """``[number, d]``, all rows of an embedding: its weight; what is not plain is asked for them."""
+    if is_plain(embedding, nn.Embedding):
+        return embedding.weight
+    device = next((p.device for p in embedding.parameters()), None)
+    return embedding(torch.arange(number, device=device))
+
+
 def is_torchao(weight: object) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
 def is_quantised(linear: nn.Module) -> bool:
-    """By `torch.ao.quantization.quantize_dynamic`, or by `torchao.quantization.quantize_`."""
-    return callable(linear.weight) or is_torchao(linear.weight)
+    """By `torch.ao.quantization.quantize_dynamic`, or by `torchao.quantization.quantize_`, and nothing else besides."""
+    weight = getattr(linear, "weight", None)
+    return (callable(weight) or is_torchao(weight)) and not _is_watched(linear)
 
 
 def dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveField
 from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities
-from ..models.field_models import DFNFieldModel
+from ..models.field_models import DFNFieldModel, some_of
 from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state
 from .crops import PICTURES, picture, random_crop, spectrogram
@@ -70,8 +70,8 @@ def sample_world(
 def hide(
     entities: dict[str, Entities], generator: torch.Generator | None = None, share: float = 0.3
 ) -> dict[str, Tensor]:
-    """Which entities of each kind are to be told from the others: bool ``[B, n]``."""
-    return {kind: torch.rand(e.influence.shape, generator=generator) < share for kind, e in entities.items()}
+    """Which entities of each kind, at least one, are to be told from the others: bool ``[B, n]``."""
+    return {kind: some_of(e.influence, share, generator) for kind, e in entities.items()}
 
 
 def joint_losses(model: DFNFieldModel, entities: dict[str, Entities], hidden: dict[str, Tensor]) -> dict[str, Tensor]:

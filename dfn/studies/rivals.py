@@ -36,7 +36,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
         N = ids.shape[1]
-        states = self.embed(ids) + self.place.weight[:N]
+        states = self.embed(ids) + self.place(torch.arange(N, device=ids.device))
         mask = nn.Transformer.generate_square_subsequent_mask(N, ids.device, states.dtype)
         for block in self.blocks:
             states = block(states, mask, is_causal=True)

@@ -5,7 +5,13 @@ import torch
 
 from dfn.fields.field import ImageField
 from dfn.fields.sampler import AdaptiveSampler, Entities, UniformSampler
-from dfn.models.field_models import DFNClassifier, DFNFieldModel, masked_reconstruction_loss, two_samplings_loss
+from dfn.models.field_models import (
+    DFNClassifier,
+    DFNFieldModel,
+    masked_reconstruction_loss,
+    some_of,
+    two_samplings_loss,
+)
 from dfn.runs.digits import sample_digits
 from dfn.training.losses import mean_state_loss
 
@@ -68,6 +74,14 @@ def test_masked_reconstruction_learns():
         losses.append(loss.item())
     blind = bumps(200, generator).values.var().item()  # what saying the mean would leave
     assert sum(losses[-10:]) / 10 < 0.4 * blind, (losses[-10:], blind)
+
+
+def test_something_is_always_hidden():
+    few = torch.ones(2, 3)
+    assert all(some_of(few, 1e-9, torch.Generator().manual_seed(i)).sum() == 1 for i in range(50))
+    many = some_of(torch.ones(300, 100), 0.3, torch.Generator().manual_seed(0)).double().mean()
+    assert abs(many - 0.3) < 5 * (0.3 * 0.7 / 30_000) ** 0.5
+    assert some_of(few, 1.0).all()
 
 
 def test_two_samplings_of_a_field_find_each_other():

@@ -10,6 +10,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dfn.fields.sampler import Entities
+from dfn.flownetwork import FlowLayer, FlowNetwork
 from dfn.models import Decoder, DFNBlock, DFNClassifier, DFNLanguageModel, DFNLayer, EntityPositions, FlowMixer
 from dfn.models.linears import is_plain, operands
 
@@ -71,6 +72,12 @@ CHANGES = {
     "hook before": hooked_before,
     "another forward": patched,
 }
+
+
+def flow_network(**options):
+    return FlowNetwork(31, DIM, 2, num_patterns=3, max_seq_len=11, **options)
+
+
 MODELS = {
     "layer": (lambda: DFNLayer(DIM, k=4, pos_dim=2), lambda: (torch.randn(2, 11, DIM), torch.randn(2, 11, 2))),
     "block": (lambda: DFNBlock(DIM, k=4), lambda: (torch.randn(2, 11, DIM), torch.randn(2, 4, 11, 3))),
@@ -79,7 +86,13 @@ MODELS = {
         lambda: DFNLanguageModel(31, DIM, 2, k=4, memory_size=5),
         lambda: (torch.randint(31, (2, 11)), DFNLanguageModel(31, DIM, 1, memory_size=5)(torch.randint(31, (2, 9)))[1]),
     ),
-}
+    **{
+        f"flow network {options}": (lambda o=options: flow_network(**o), lambda: (torch.randint(31, (2, 11)),))
+        for options in (
+            {}, dict(top_k=2), dict(block_density=0.5), dict(rank=2, tie_output=True), dict(mixer="flow_attention"),
+        )
+    },
+}  # fmt: skip
 
 
 def linears(model) -> list[str]:
@@ -128,8 +141,8 @@ def test_every_linear_layer_is_called(kind, change):
         plain = twin(model, other)
         got, want = first(other(*inputs)), first(plain(*inputs))
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-        got.square().sum().backward()
-        want.square().sum().backward()
+        got.sin().sum().backward()
+        want.sin().sum().backward()
         for name, p in other.named_parameters():
             if name in trained:
                 assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -162,6 +175,53 @@ def test_a_hook_sees_what_it_is_for():
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     block(x, p)
     assert sorted(calls) == sorted(linears(block))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rank=2)], ids=str)
+def test_the_patterns_see_the_tokens(options):
+    """Not the unit vectors, by which a layer's matrix can be had, too: observers look at what a layer takes."""
+    layer, x, seen = FlowLayer(DIM, 7, 3, **options), torch.randn(2, 11, DIM), []
+    plain, told = layer(x)
+    layer.router.get_submodule("down" if options else "bank").register_forward_hook(
+        lambda m, inputs, y: seen.extend(inputs)
+    )
+    watched, told_too = layer(x)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    torch.testing.assert_close(watched, plain)
+    assert torch.equal(told.weights, told_too.weights)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        half = layer(x)[0]
+    assert half.dtype == torch.bfloat16 and relative(half, plain) < 4 * 2**-8  # states, patterns, results, LayerNorm
+
+
+def test_density_looks_at_what_the_patterns_amount_to():
+    """Within what one of the kept connections weighs: the last one is at the threshold, and rounding decides on it."""
+    router, x = FlowLayer(DIM, 7, 3, density=0.4).router.double(), torch.randn(30, DIM, dtype=torch.float64)
+    other = adapted(copy.deepcopy(router)).double()
+    got, want = other.route(x)[0], twin(router, other).route(x)[0]
+    assert relative(got, want) < 0.05 < 0.2 < relative(got, router.route(x)[0])
+    got.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in other.bank.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rank=2)], ids=str)
+def test_a_routers_mixed_matrices_are_those_of_its_layers(options):
+    router, x = adapted(FlowLayer(DIM, 7, 3, **options).router), torch.randn(5, DIM)
+    matrices, _ = router(x)
+    torch.testing.assert_close(torch.einsum("toi,ti->to", matrices, x), router.route(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_table_is_that_of_its_embedding():
+    model, ids = flow_network(rank=2, tie_output=True), torch.randint(31, (2, 11))
+    plain = model(ids)[0]
+    other = copy.deepcopy(model)
+    other.embedding.register_forward_hook(lambda module, inputs, rows: 2 * rows)
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        doubled.embedding.weight.mul_(2)
+    assert (other(ids)[0] - plain).abs().max() > 0.1
+    torch.testing.assert_close(other(ids)[0], doubled(ids)[0])
+    torch.testing.assert_close(other.loss(ids, ids)[0], doubled.loss(ids, ids)[0])
 
 
 def test_positions_keep_full_precision():
@@ -233,6 +293,15 @@ def check_int8(quantised):
 def test_quantize_dynamic():
     assert not linears(quantize_dynamic(DFNLanguageModel())), "some layers are not quantised"
     check_int8(quantize_dynamic)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rank=2, tie_output=True)], ids=str)
+def test_quantize_dynamic_of_a_flow_network_with_adapters(options):
+    """The layers inside the adapters are in int8, and called: nothing is repacked for our kernels."""
+    model, ids = adapted(flow_network(**options)), torch.randint(31, (2, 11))
+    quantised = quantize_dynamic(model)
+    assert not linears(quantised) and all(layer.router.int8 is None for layer in quantised.layers)
+    assert 0 < relative(quantised(ids)[0], model(ids)[0]) < INT8
 
 
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

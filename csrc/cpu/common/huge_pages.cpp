@@ -1,4 +1,5 @@
 // dfn_cpu::prefer_huge_pages: for large outputs that are allocated in Python.
+#include "common/tensors.h"
 #include "cpu/common/memory.h"
 
 namespace dfn {

@@ -1,41 +1,64 @@
-// Large arrays: no zeroing, and huge pages where the system gives them. With pages of 4 KiB the first touch of a large
-// output costs more time than what is computed for it.
+// Large arrays: no zeroing (the first touch is left to the thread that fills them), and huge pages where the system gives
+// them. With pages of 4 KiB the first touch of a large output costs more time than what is computed for it, and TLB misses
+// as much again where rows are written in the order of a grid. Knows nothing of torch: the host index uses it, too.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
 
-#include "common/tensors.h"
-#include "cpu/knn/memory.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common/out_of_memory.h"
 
 namespace dfn {
 
-// Of a dense tensor that has just been allocated.
-inline void prefer_huge_pages(const Tensor& t) {
-  knn::prefer_large_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+// Of memory that has just been allocated, before its first touch.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Of a dense tensor.
+inline void prefer_huge_pages(const auto& tensor) {
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
 }
 
 template <class T>
 class Array {
  public:
   Array() = default;
-  explicit Array(int64_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T) + 1))) {
-    if (data_ == nullptr) throw OutOfMemory(static_cast<double>(n) * sizeof(T));
-    knn::prefer_large_pages(data_, n * sizeof(T));
+  explicit Array(int64_t n) : size_(n) {
+    // No byte more than asked for: AddressSanitizer then sees the end.
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, n * sizeof(T)) != 0) throw OutOfMemory(static_cast<double>(n) * sizeof(T));
+    data_ = static_cast<T*>(data);
+    prefer_huge_pages(data_, n * sizeof(T));
   }
-  Array(Array&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  Array& operator=(Array&& other) noexcept {
-    T* mine = data_;
-    data_ = other.data_;
-    other.data_ = mine;
+  Array(Array&& o) noexcept : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
+  Array& operator=(Array&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(size_, o.size_);
     return *this;
   }
   ~Array() { std::free(data_); }
+
   T* data() const { return data_; }
+  int64_t size() const { return size_; }
   T& operator[](int64_t i) const { return data_[i]; }
+  explicit operator bool() const { return data_ != nullptr; }
 
  private:
   T* data_ = nullptr;
+  int64_t size_ = 0;
 };
 
 }  // namespace dfn

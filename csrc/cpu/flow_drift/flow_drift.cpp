@@ -25,7 +25,7 @@ DriftProblem describe(const Tensor& states, const Tensor& weight, const Tensor& 
                   "weight: expected float64 with float64 states, else float32");
   check_dense(weight, "weight", weight.scalar_type(), {g.H, g.D, g.d});
   check_dense(alpha, "alpha", weight.scalar_type(), {g.H});
-  g.states = rows_of(torch::stable::unsqueeze(states, 1), "states");
+  g.states = rows_of(states, "states");
   g.weight = weight.data_ptr();
   g.alpha = alpha.data_ptr();
   return g;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_positions
   g.grad_flow = grad_flow.data_ptr();
   g.grad_energy = grad_energy.data_ptr();
   g.flow = flow.data_ptr();
-  g.grad_states = rows_of(torch::stable::unsqueeze(grad_states, 1), "grad_states");
+  g.grad_states = rows_of(grad_states, "grad_states");
   g.part_weight = part_weight.data_ptr();
   g.part_bias = part_bias.data_ptr();
   g.part_alpha = part_alpha.data_ptr();

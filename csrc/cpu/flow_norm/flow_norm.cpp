@@ -2,6 +2,7 @@
 // later entity can change a bit of an earlier one; the passes over the states are the kernels'.
 #include "cpu/flow_norm/flow_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -38,10 +39,13 @@ void fill_scale(const NormProblem& g, const A* energy, double eps, Mode mode, A*
         for (int64_t i = 0; i < length; ++i) running += e[i];
         const A one = A(1 / std::sqrt(running / length + eps));
         for (int64_t i = 0; i < length; ++i) out[i] = one;
-      } else {
-        for (int64_t i = 0; i < length; ++i) {
-          running += e[i];
-          out[i] = A(1 / std::sqrt((mode == Mode::causal ? running / (i + 1) : double(e[i])) + eps));
+      } else {  // the sums one after another, all else several at a time
+        const bool causal = mode == Mode::causal;
+        double sums[64];
+        for (int64_t from = 0; from < length; from += 64) {
+          const int64_t n = std::min<int64_t>(64, length - from);
+          for (int64_t i = 0; i < n; ++i) sums[i] = causal ? running += e[from + i] : e[from + i];
+          DFN_CALL_ISA(norm_scales, sums, n, causal ? from + 1 : 1, causal ? 1 : 0, eps, out + from);
         }
       }
       for (int64_t i = length; i < g.N; ++i) out[i] = 0;
@@ -92,7 +96,7 @@ NormProblem describe(const Tensor& states, const Tensor& energy, const std::opti
     check_dense(*lengths, "lengths", ScalarType::Long, {g.B});
     g.lengths = static_cast<const int64_t*>(lengths->data_ptr());
   }
-  g.states = rows_of(torch::stable::unsqueeze(states, 1), "states");
+  g.states = rows_of(states, "states");
   return g;
 }
 
@@ -112,7 +116,7 @@ Tensor forward(const Tensor& states, const Tensor& energy, const std::optional<T
   const Tensor scale = scale_of(g, energy, eps, mode_of(mode));
   Tensor out = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(out);
-  g.out = rows_of(torch::stable::unsqueeze(out, 1), "out");
+  g.out = rows_of(out, "out");
   parallel_for(0, g.B * g.N, grain_size(g.d), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(norm_forward, g, begin, end);
   });
@@ -130,8 +134,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& states, co
   Tensor grad_states = allocate(states, {g.B, g.N, g.d});
   prefer_huge_pages(grad_states);
   Tensor grad_energy = allocate(energy, {g.B, g.N});
-  g.grad = rows_of(torch::stable::unsqueeze(grad, 1), "grad");
-  g.grad_states = rows_of(torch::stable::unsqueeze(grad_states, 1), "grad_states");
+  g.grad = rows_of(grad, "grad");
+  g.grad_states = rows_of(grad_states, "grad_states");
   g.along = along.data_ptr();
   parallel_for(0, g.B * g.N, grain_size(2 * g.d), [&](int64_t begin, int64_t end) {
     DFN_CALL_ISA(norm_backward, g, begin, end);

@@ -19,6 +19,9 @@ struct NormProblem {
   void* along;             // [B, N] <grad_i, s_i>, 0 for padding
 };
 
+// 1 / sqrt(sums[i] / (first + i * step) + eps), in double
+DFN_DECLARE_ISA(void norm_scales(const double* sums, int64_t n, int64_t first, int64_t step, double eps, float* out);
+                void norm_scales(const double* sums, int64_t n, int64_t first, int64_t step, double eps, double* out))
 // Entities [begin, end) of B * N.
 DFN_DECLARE_ISA(void norm_forward(const NormProblem& g, int64_t begin, int64_t end))
 DFN_DECLARE_ISA(void norm_backward(const NormProblem& g, int64_t begin, int64_t end))

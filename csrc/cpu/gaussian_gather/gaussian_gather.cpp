@@ -29,7 +29,9 @@ struct Reuse {
 
 // All batches and heads; problem(b * H + h) is one of them.
 struct Gather {
-  int64_t B, H, heads_of_indices;
+  // Tensors begin with [B, H], or with fewer dimensions where there are no heads, or no batch either: B = H = 1. (Views
+  // would make them alike, and take longer than a small problem does.)
+  int64_t lead, B, H, heads_of_indices;
   GatherProblem common = {};
   Rows values = {}, out = {}, grad = {}, grad_values = {};
   Reuse reuse = {};
@@ -37,6 +39,31 @@ struct Gather {
   std::vector<double> sigmas;  // [H]
 
   int64_t groups() const { return B * H; }
+  void check(const Tensor& t, const char* name, ScalarType dtype, int64_t heads, std::initializer_list<int64_t> sizes) const {
+    const int64_t after = static_cast<int64_t>(sizes.size());
+    STD_TORCH_CHECK(t.dim() == lead + after, name, ": expected ", lead + after, " dimensions, got ", t.dim());
+    STD_TORCH_CHECK((lead < 1 || t.size(0) == B) && (lead < 2 || t.size(1) == heads), name, ": unexpected batch or heads");
+    int64_t axis = lead;
+    for (int64_t size : sizes) {
+      STD_TORCH_CHECK(t.size(axis) == size, name, ": expected size ", size, " in dimension ", axis, ", got ", t.size(axis));
+      ++axis;
+    }
+    STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": unexpected dtype");
+  }
+  void check_dense(const Tensor& t, const char* name, ScalarType dtype, int64_t heads, std::initializer_list<int64_t> sizes) const {
+    check(t, name, dtype, heads, sizes);
+    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  }
+  // [B, H, n, c], stored as [B, n, H, c] if there are heads
+  Tensor empty_rows(const Tensor& like, int64_t n, int64_t c) const {
+    return lead == 2 ? dfn::empty_rows(like, B, H, n, c) : lead == 1 ? allocate(like, {B, n, c}) : allocate(like, {n, c});
+  }
+  Tensor empty(const Tensor& like, int64_t n, int64_t c) const {
+    return lead == 2 ? allocate(like, {B, H, n, c}) : empty_rows(like, n, c);
+  }
+  Tensor empty(const Tensor& like, int64_t n) const {
+    return lead == 2 ? allocate(like, {B, H, n}) : lead == 1 ? allocate(like, {B, n}) : allocate(like, {n});
+  }
   int64_t index_group(int64_t group) const { return heads_of_indices == 1 ? group / H : group; }
 
   template <class T>
@@ -84,10 +111,11 @@ Gather describe(const Tensor& positions, const Tensor& queries, const Tensor& va
   Gather all = {};
   GatherProblem& g = all.common;
   all.values = rows_of(values, "values");
-  STD_TORCH_CHECK(positions.dim() == 4 && indices.dim() == 4, "positions and indices: expected 4 dimensions");
-  const int64_t B = all.B = positions.size(0), H = all.H = positions.size(1);
-  g.N = positions.size(2), g.D = positions.size(3);
-  g.M = indices.size(2), g.k = indices.size(3), g.c = values.size(3);
+  const int64_t lead = all.lead = values.dim() - 2;
+  STD_TORCH_CHECK(positions.dim() == values.dim() && indices.dim() == values.dim(), "positions and indices: expected the dimensions of values");
+  const int64_t B = all.B = lead > 0 ? positions.size(0) : 1, H = all.H = lead > 1 ? positions.size(1) : 1;
+  g.N = positions.size(lead), g.D = positions.size(lead + 1);
+  g.M = indices.size(lead), g.k = indices.size(lead + 1), g.c = values.size(lead + 1);
   g.dtype = dtype_of(values);
   g.accumulate = dtype_of(positions);
   STD_TORCH_CHECK((g.accumulate == Dtype::f64) == (g.dtype == Dtype::f64) &&
@@ -95,14 +123,14 @@ Gather describe(const Tensor& positions, const Tensor& queries, const Tensor& va
                   "positions: expected float64 with float64 values, else float32");
   STD_TORCH_CHECK(g.N >> 32 == 0 && g.M >> 32 == 0, "positions: expected fewer than 2^32");
   const auto real = positions.scalar_type();
-  all.heads_of_indices = indices.size(1) == 1 ? 1 : H;
-  check_dense(positions, "positions", real, {B, H, g.N, g.D});
-  check_dense(queries, "query_positions", real, {B, H, g.M, g.D});
-  check_shape(values, "values", {B, H, g.N, g.c});
-  check_dense(indices, "indices", ScalarType::Long, {B, all.heads_of_indices, g.M, g.k});
+  all.heads_of_indices = lead < 2 || indices.size(1) == 1 ? 1 : H;
+  all.check_dense(positions, "positions", real, H, {g.N, g.D});
+  all.check_dense(queries, "query_positions", real, H, {g.M, g.D});
+  all.check(values, "values", values.scalar_type(), H, {g.N, g.c});
+  all.check_dense(indices, "indices", ScalarType::Long, all.heads_of_indices, {g.M, g.k});
   check_dense(sigma, "sigma", real, {H});
-  if (influence) check_dense(*influence, "influence", real, {B, H, g.N});
-  if (sq_dists) check_dense(*sq_dists, "sq_dists", real, {B, H, g.M, g.k});
+  if (influence) all.check_dense(*influence, "influence", real, H, {g.N});
+  if (sq_dists) all.check_dense(*sq_dists, "sq_dists", real, H, {g.M, g.k});
   if (query_order) check_dense(*query_order, "query_order", ScalarType::Int, {B, all.heads_of_indices, g.M});
   g.normalize = normalize;
   g.positions = positions.data_ptr();
@@ -161,7 +189,7 @@ Tensor forward(const Tensor& positions, const Tensor& queries, const Tensor& val
                const std::optional<Tensor>& query_order, bool normalize) {
   Gather all = describe(positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize);
   const GatherProblem& g = all.common;
-  Tensor out = empty_rows(values, all.B, all.H, g.M, g.c);
+  Tensor out = all.empty_rows(values, g.M, g.c);
   prefer_huge_pages(out);
   all.out = rows_of(out, "out");
   std::vector<GatherProblem> problems;
@@ -199,9 +227,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& starts, const std::optional<Tensor>& slots, bool normalize, int64_t wanted) {
   Gather all = describe(positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize);
   GatherProblem& common = all.common;
-  const auto [B, H] = std::pair(all.B, all.H);
+  const int64_t B = all.B, H = all.H;
   const auto [N, M, D, c, k] = std::tuple(common.N, common.M, common.D, common.c, common.k);
-  check_shape(grad, "grad", {B, H, M, c});
+  all.check(grad, "grad", values.scalar_type(), H, {M, c});
   if (entity_order) {
     check_dense(*entity_order, "entity_order", ScalarType::Int, {B, all.heads_of_indices, N});
     all.reuse.entity_order = static_cast<const int32_t*>(entity_order->data_ptr());
@@ -213,14 +241,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     all.reuse.starts = static_cast<const int64_t*>(starts->data_ptr());
     all.reuse.slots = slots->data_ptr();
   }
-  STD_TORCH_CHECK(grad.scalar_type() == values.scalar_type(), "grad: expected the dtype of values");
   all.grad = rows_of(grad, "grad");
   const auto nothing = [&] { return allocate(positions, {0}); };  // one each: outputs may not share memory
-  Tensor grad_positions = wanted & 1 ? allocate(positions, {B, H, N, D}) : nothing();
-  Tensor grad_queries = wanted & 2 ? allocate(positions, {B, H, M, D}) : nothing();
-  Tensor grad_values = wanted & 4 ? empty_rows(values, B, H, N, c) : allocate(values, {0});
+  Tensor grad_positions = wanted & 1 ? all.empty(positions, N, D) : nothing();
+  Tensor grad_queries = wanted & 2 ? all.empty(positions, M, D) : nothing();
+  Tensor grad_values = wanted & 4 ? all.empty_rows(values, N, c) : allocate(values, {0});
   Tensor grad_sigma_rows = wanted & 8 ? allocate(positions, {B, H, M}) : nothing();
-  Tensor grad_influence = influence && wanted & 16 ? allocate(positions, {B, H, N}) : nothing();
+  Tensor grad_influence = influence && wanted & 16 ? all.empty(positions, N) : nothing();
   all.grad_positions = wanted & 1 ? grad_positions.data_ptr() : nullptr;
   all.grad_queries = wanted & 2 ? grad_queries.data_ptr() : nullptr;
   if (wanted & 4) prefer_huge_pages(grad_values);

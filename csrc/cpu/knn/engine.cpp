@@ -45,13 +45,13 @@ class Workspace {
     while (K < k) K *= 2;
     const int64_t key = sizeof(T) == 4 ? 8 : 16;  // words in a row of eight keys
     const int64_t pending = (K < 8 ? 8 : K) + 8;
-    best_ = Buffer<double>(2 * K * key);
-    keys_ = Buffer<double>(K * key);
-    pending_ = Buffer<T>(2 * pending * 8);
-    pending_id_ = Buffer<uint32_t>(2 * pending);
-    queries_ = Buffer<T>(2 * dims * 8);
-    place_hint_ = Buffer<uint32_t>(strips);
-    strip_hint_ = Buffer<uint32_t>(slabs);
+    best_ = Array<double>(2 * K * key);
+    keys_ = Array<double>(K * key);
+    pending_ = Array<T>(2 * pending * 8);
+    pending_id_ = Array<uint32_t>(2 * pending);
+    queries_ = Array<T>(2 * dims * 8);
+    place_hint_ = Array<uint32_t>(strips);
+    strip_hint_ = Array<uint32_t>(slabs);
     std::fill_n(place_hint_.data(), strips, 0u);
     std::fill_n(strip_hint_.data(), slabs, 0u);
   }
@@ -61,9 +61,9 @@ class Workspace {
   }
 
  private:
-  Buffer<double> best_, keys_;
-  Buffer<T> pending_, queries_;
-  Buffer<uint32_t> pending_id_, place_hint_, strip_hint_;
+  Array<double> best_, keys_;
+  Array<T> pending_, queries_;
+  Array<uint32_t> pending_id_, place_hint_, strip_hint_;
 };
 
 template <class T>

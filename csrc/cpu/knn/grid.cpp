@@ -59,7 +59,7 @@ class Builder {
     const int at = out_.cuts.has_slabs ? slab_at_ : sort_at_;
     const int dim = axis_[at];
     const int D = rows_.dims;
-    Buffer<uint32_t> cell(rows_.n);
+    Array<uint32_t> cell(rows_.n);
     std::vector<std::vector<uint32_t>> count(pool_.threads, std::vector<uint32_t>(cells, 0));
     for_shares(pool_, rows_.n, [&](int worker, int64_t begin, int64_t end) {
       uint32_t* own = count[worker].data();
@@ -85,7 +85,7 @@ class Builder {
       }
     }
     cell_begin_[cells] = total;
-    records_ = Buffer<Record<T, G>>(total);
+    records_ = Array<Record<T, G>>(total);
     for_shares(pool_, rows_.n, [&](int worker, int64_t begin, int64_t end) {
       uint32_t* next = count[worker].data();
       for (int64_t i = begin; i < end; ++i) {
@@ -104,8 +104,8 @@ class Builder {
     Cuts<T>& cuts = out_.cuts;
     out_.dims = rows_.dims;
     out_.stride = n;
-    out_.coords = Buffer<T>(int64_t(n) * rows_.dims);
-    out_.ids = Buffer<uint32_t>(n);
+    out_.coords = Array<T>(int64_t(n) * rows_.dims);
+    out_.ids = Array<uint32_t>(n);
     std::vector<std::vector<uint32_t>> strip_ends(cells);
     if (own_cuts_ && cuts.has_strips) cuts.strips.resize(cells);
     std::vector<Workspace> space(pool_.threads);
@@ -231,8 +231,8 @@ class Builder {
     const T inf = std::numeric_limits<T>::infinity();
     const uint32_t slabs = static_cast<uint32_t>(out_.slab_begin.size()) - 1;
     const uint32_t strips = static_cast<uint32_t>(out_.strip_begin.size()) - 1;
-    out_.slab_lo = Buffer<T>(slabs), out_.slab_hi = Buffer<T>(slabs);
-    out_.strip_lo = Buffer<T>(strips), out_.strip_hi = Buffer<T>(strips);
+    out_.slab_lo = Array<T>(slabs), out_.slab_hi = Array<T>(slabs);
+    out_.strip_lo = Array<T>(strips), out_.strip_hi = Array<T>(strips);
     auto span = [&](int axis, uint32_t begin, uint32_t end, T& lo, T& hi) {
       lo = inf, hi = -inf;
       const T* column = out_.coords.data() + axis * out_.stride;
@@ -261,7 +261,7 @@ class Builder {
   int axis_[G];
   int sort_at_, slab_at_, strip_at_;  // where the axes are in a record
   std::vector<uint32_t> cell_begin_;
-  Buffer<Record<T, G>> records_;
+  Array<Record<T, G>> records_;
   BuiltGrid<T> out_;
 };
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/knn/cuts.h"
-#include "cpu/knn/memory.h"
+#include "cpu/common/memory.h"
 #include "cpu/knn/parallel.h"
 #include "cpu/knn/types.h"
 
@@ -13,9 +13,9 @@ namespace dfn::knn {
 // A Grid with its memory.
 template <class T>
 struct BuiltGrid {
-  Buffer<T> coords;
-  Buffer<uint32_t> ids;
-  Buffer<T> slab_lo, slab_hi, strip_lo, strip_hi;
+  Array<T> coords;
+  Array<uint32_t> ids;
+  Array<T> slab_lo, slab_hi, strip_lo, strip_hi;
   std::vector<uint32_t> slab_begin, strip_begin;
   Cuts<T> cuts;
   int64_t stride = 0;

@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor> knn_op(const Tensor& points, const std::optional<Tens
       STD_TORCH_CHECK(sets.ptr[s] == sets.query_ptr[s], "query_ptr: expected like ptr, causal or without self");
   Tensor ids = allocate(points, {B, M, k}, ScalarType::Long);
   Tensor dists = allocate(points, {B, M, k});
-  knn::prefer_large_pages(ids.data_ptr(), B * M * k * 8);
-  knn::prefer_large_pages(dists.data_ptr(), B * M * k * (real == ScalarType::Float ? 4 : 8));
+  prefer_huge_pages(ids);
+  prefer_huge_pages(dists);
   std::shared_ptr<Index> built;
   if (index) {
     const std::lock_guard lock(index_mutex);

@@ -53,8 +53,8 @@ BuiltGrid<T> without_repeats(const BuiltGrid<T>& grid, int keep, const Pool& poo
   for (uint32_t c : kept) out.strip_begin.push_back(out.strip_begin.back() + c);
   out.n = out.strip_begin.back();
   out.stride = out.n;
-  out.coords = Buffer<T>(int64_t(out.n) * D);
-  out.ids = Buffer<uint32_t>(out.n);
+  out.coords = Array<T>(int64_t(out.n) * D);
+  out.ids = Array<uint32_t>(out.n);
   for_pieces(pool, strips, 16, [&](int, int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const uint32_t a = grid.strip_begin[s], e = grid.strip_begin[s + 1];
@@ -66,8 +66,8 @@ BuiltGrid<T> without_repeats(const BuiltGrid<T>& grid, int keep, const Pool& poo
       }
     }
   });
-  auto copied = [](const Buffer<T>& from) {
-    Buffer<T> to(from.size());
+  auto copied = [](const Array<T>& from) {
+    Array<T> to(from.size());
     std::copy(from.data(), from.data() + from.size(), to.data());
     return to;
   };
@@ -82,8 +82,8 @@ void put_in_order(const Rows<T>& rows, BuiltGrid<T>& out) {
   out.dims = D;
   out.stride = rows.n;
   out.n = 0;
-  if (out.coords.size() < rows.n * D) out.coords = Buffer<T>(rows.n * D);
-  if (out.ids.size() < rows.n) out.ids = Buffer<uint32_t>(rows.n);
+  if (out.coords.size() < rows.n * D) out.coords = Array<T>(rows.n * D);
+  if (out.ids.size() < rows.n) out.ids = Array<uint32_t>(rows.n);
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* row = rows.data + i * D;
     if (!finite_row(row, D)) continue;

@@ -106,12 +106,6 @@ inline Tensor new_empty(const Tensor& like, const IntHeaderOnlyArrayRef& sizes, 
 inline Tensor new_zeros(const Tensor& like, const IntHeaderOnlyArrayRef& sizes) {
   return Tensor(sizes, like.scalar_type(), 0);
 }
-inline Tensor unsqueeze(const Tensor& t, int64_t at) {
-  auto sizes = t.sizes(), strides = t.strides();
-  sizes.insert(sizes.begin() + at, 1);
-  strides.insert(strides.begin() + at, 0);
-  return t.with_shape(sizes, strides);
-}
 inline Tensor transpose(const Tensor& t, int64_t a, int64_t b) {
   auto sizes = t.sizes(), strides = t.strides();
   std::swap(sizes.at(a), sizes.at(b));

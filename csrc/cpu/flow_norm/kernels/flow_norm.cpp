@@ -2,6 +2,10 @@
 
 #include "cpu/common/simd.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace dfn::DFN_ISA {
 namespace {
 
@@ -65,8 +69,40 @@ void backward(const NormProblem& g, int64_t begin, int64_t end) {
   }
 }
 
+inline Vec<double> square_root(Vec<double> v) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX__)
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int l = 0; l < kLanes<double>; ++l) v[l] = __builtin_sqrt(v[l]);
+  return v;
+#endif
+}
+
+template <class A>
+void scales(const double* sums, int64_t n, int64_t first, int64_t step, double eps, A* out) {
+  constexpr int L = kLanes<double>;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    double lanes[L] = {}, counts[L];
+    __builtin_memcpy(lanes, sums + i, count * sizeof(double));
+    for (int l = 0; l < L; ++l) counts[l] = static_cast<double>(first + (i + l) * step);
+    store(1 / square_root(load(lanes) / load(counts) + eps), lanes);
+    for (int l = 0; l < count; ++l) out[i + l] = static_cast<A>(lanes[l]);
+  }
+}
+
 }  // namespace
 
+void norm_scales(const double* sums, int64_t n, int64_t first, int64_t step, double eps, float* out) {
+  scales(sums, n, first, step, eps, out);
+}
+void norm_scales(const double* sums, int64_t n, int64_t first, int64_t step, double eps, double* out) {
+  scales(sums, n, first, step, eps, out);
+}
 void norm_forward(const NormProblem& g, int64_t begin, int64_t end) { DFN_BY_DTYPE(g, forward, begin, end); }
 void norm_backward(const NormProblem& g, int64_t begin, int64_t end) { DFN_BY_DTYPE(g, backward, begin, end); }
 
