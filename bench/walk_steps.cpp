@@ -11,12 +11,14 @@
 namespace {
 
 using Key = uint64_t;  // distance bits << 32 | index
+using Place = unsigned __int128;  // on the curve, up to 31 bits an axis
 constexpr Key kFar = 0x7F80000000000000;
 constexpr int kLanes = 32, kMostDimensions = 16;
 
 struct Shape {
   int D, k, leaf, fan, cap, seeds, bits;
   float middle, reach;
+  int firsts;
 };
 
 struct Box {
@@ -25,7 +27,7 @@ struct Box {
 };
 
 struct Counts {
-  double packets = 0, steps = 0, tests = 0, leaves = 0, batches = 0, most_leaves = 0;
+  double packets = 0, steps = 0, tests = 0, leaves = 0, thinned = 0, moved = 0, batches = 0, zeros = 0, most_leaves = 0;
 };
 
 Key key_of(float d, uint32_t index) {
@@ -35,7 +37,7 @@ Key key_of(float d, uint32_t index) {
 }
 
 // J. Skilling, AIP Conference Proceedings 707 (2004)
-Key hilbert(uint32_t* x, int D, int bits) {
+Place hilbert(uint32_t* x, int D, int bits) {
   for (uint32_t bit = 1u << (bits - 1); bit > 1; bit >>= 1)
     for (int a = 0; a < D; a++) {
       uint32_t swap = x[a] & bit ? 0 : (x[0] ^ x[a]) & (bit - 1);
@@ -46,13 +48,13 @@ Key hilbert(uint32_t* x, int D, int bits) {
   uint32_t turn = 0;
   for (uint32_t bit = 1u << (bits - 1); bit > 1; bit >>= 1)
     if (x[D - 1] & bit) turn ^= bit - 1;
-  Key key = 0;
+  Place key = 0;
   for (int s = bits - 1; s >= 0; s--)
     for (int a = 0; a < D; a++) key = key << 1 | ((x[a] ^ turn) >> s & 1);
   return key;
 }
 
-std::vector<Key> places(const float* x, int64_t N, const Shape& shape) {
+std::vector<Place> places(const float* x, int64_t N, const Shape& shape, float& scale) {
   const int D = shape.D, samples = std::min<int64_t>(1024, N);
   std::vector<float> column(samples), center(D);
   float narrow = 0, wide = 0;
@@ -64,8 +66,9 @@ std::vector<Key> places(const float* x, int64_t N, const Shape& shape) {
     narrow = std::max(narrow, high / 2 - low / 2);
     wide = std::max(wide, column.back() / 2 - column.front() / 2);
   }
-  float scale = narrow > 0 ? narrow : wide > 0 ? wide : 1, half = 1u << (shape.bits - 1);
-  std::vector<Key> keys(N);
+  scale = narrow > 0 ? narrow : wide > 0 ? wide : 1;
+  float half = 1u << (shape.bits - 1);
+  std::vector<Place> keys(N);
   for (int64_t i = 0; i < N; i++) {
     uint32_t cell[kMostDimensions];
     for (int a = 0; a < D; a++) {
@@ -82,14 +85,16 @@ std::vector<Key> places(const float* x, int64_t N, const Shape& shape) {
 
 struct Segment {
   const Shape& shape;
+  const float* all;
+  float scale;
   std::vector<uint32_t> ids;
   std::vector<float> points;
   std::vector<Box> leaves, nodes, branches;
 
-  explicit Segment(const Shape& s) : shape(s) {}
+  Segment(const Shape& s, const float* x, float scale) : shape(s), all(x), scale(scale) {}
 
   template <class Each>
-  Box around(Each each) {
+  Box around(Each each) const {
     Box box;
     box.first = ~0u;
     std::fill_n(box.low, kMostDimensions, INFINITY);
@@ -104,7 +109,7 @@ struct Segment {
     return box;
   }
 
-  std::vector<Box> group(const std::vector<Box>& of) {
+  std::vector<Box> group(const std::vector<Box>& of) const {
     std::vector<Box> boxes;
     for (size_t c = 0; c < of.size(); c += shape.fan)
       boxes.push_back(around([&](auto add) {
@@ -113,8 +118,8 @@ struct Segment {
     return boxes;
   }
 
-  void build(const float* x) {
-    for (uint32_t i : ids) points.insert(points.end(), x + size_t(i) * shape.D, x + size_t(i + 1) * shape.D);
+  void build() {
+    for (uint32_t i : ids) points.insert(points.end(), all + size_t(i) * shape.D, all + size_t(i + 1) * shape.D);
     for (size_t s = 0; s < ids.size(); s += shape.leaf)
       leaves.push_back(around([&](auto add) {
         for (size_t e = s; e < std::min(ids.size(), s + shape.leaf); e++)
@@ -130,6 +135,8 @@ struct Lane {
   uint32_t limit;
   Key worst = kFar;
   std::vector<Key> best, list;
+  std::vector<uint32_t> near;  // the k smallest distances
+  size_t old = 0;
 };
 
 struct Packet {
@@ -139,7 +146,7 @@ struct Packet {
   Box box;
   uint32_t limit = 0;
   Key worst = kFar;
-  double steps = 0, tests = 0, leaves = 0, batches = 0;
+  double steps = 0, tests = 0, leaves = 0, thinned = 0, moved = 0, batches = 0, zeros = 0;
 
   Key least(const Box& b, const float* low, const float* high, uint32_t last) const {
     float d = 0;
@@ -157,18 +164,74 @@ struct Packet {
     return most;
   }
 
-  void merge() {
-    size_t K = shape.k > 16 ? 8 : 1 << int(std::ceil(std::log2(std::max(4, shape.k))));
-    batches += double((longest() + K - 1) / K) * ((shape.k + K - 1) / K);
+  size_t K() const { return shape.k > 16 ? 8 : 1 << int(std::ceil(std::log2(std::max(4, shape.k)))); }
+
+  void bound() {
     worst = 0;
+    for (Lane& lane : lanes) worst = std::max(worst, lane.worst);
+  }
+
+  // The k smallest distances tell which keys of the lists are still wanted.
+  void thin() {
+    size_t fresh = 0;
+    for (Lane& lane : lanes) fresh = std::max(fresh, lane.list.size() - lane.old);
+    thinned += double((fresh + K() - 1) / K());
+    moved += double((longest() + 7) / 8);
+    for (Lane& lane : lanes) {
+      for (size_t e = lane.old; e < lane.list.size(); e++) lane.near.push_back(lane.list[e] >> 32);
+      std::sort(lane.near.begin(), lane.near.end());
+      if (lane.near.size() >= size_t(shape.k)) {
+        lane.near.resize(shape.k);
+        lane.worst = std::min(lane.worst, Key(lane.near.back()) << 32 | 0xFFFFFFFF);
+      }
+      auto unwanted = [&](Key key) { return !(key < lane.worst); };
+      lane.list.erase(std::remove_if(lane.list.begin(), lane.list.end(), unwanted), lane.list.end());
+      lane.old = lane.list.size();
+    }
+  }
+
+  void merge() {
+    batches += double((longest() + K() - 1) / K()) * double((shape.k + K() - 1) / K());
     for (Lane& lane : lanes) {
       lane.best.insert(lane.best.end(), lane.list.begin(), lane.list.end());
       lane.list.clear();
+      lane.old = 0;
       std::sort(lane.best.begin(), lane.best.end());
-      if (lane.best.size() > size_t(shape.k)) lane.best.resize(shape.k);
-      lane.worst = lane.best.size() == size_t(shape.k) ? lane.best.back() : kFar;
-      worst = std::max(worst, lane.worst);
+      if (lane.best.size() >= size_t(shape.k)) {
+        lane.best.resize(shape.k);
+        lane.worst = std::min(lane.worst, lane.best.back());
+      }
     }
+  }
+
+  void full(bool last) {
+    if (shape.k <= 16) thin();
+    if (shape.k > 16 || last || longest() > size_t(shape.cap - shape.leaf)) merge();
+    bound();
+  }
+
+  // Where squares of differences round to zero: lanes with k zeros among the first points are done.
+  void zeros_first() {
+    double expected = shape.k;
+    for (int a = 0; a < shape.D; a++) expected *= std::max(std::min(in.scale, 1e-19f) * 4.7e22, 1.0);
+    if (!(expected * 2 < shape.firsts)) return;
+    std::vector<int> count(lanes.size());
+    for (int j = 0; j < shape.firsts; j++) {
+      if (j % 8 == 0 && *std::min_element(count.begin(), count.end()) == shape.k) break;
+      zeros++;
+      for (size_t l = 0; l < lanes.size(); l++) {
+        float d = 0;
+        for (int a = 0; a < shape.D; a++) {
+          float step = in.all[size_t(j) * shape.D + a] - lanes[l].q[a];
+          d = d + step * step;
+        }
+        count[l] += count[l] < shape.k && d == 0 && uint32_t(j) <= lanes[l].limit;
+      }
+    }
+    std::vector<Lane> walk;
+    for (size_t l = 0; l < lanes.size(); l++)
+      if (count[l] < shape.k) walk.push_back(lanes[l]);
+    lanes = walk;
   }
 
   void look_into(size_t leaf) {
@@ -183,7 +246,7 @@ struct Packet {
         Key key = key_of(d, in.ids[s]);
         if (key < lane.worst && in.ids[s] <= lane.limit) lane.list.push_back(key);
       }
-    if (longest() > size_t(shape.cap - shape.leaf)) merge();
+    if (longest() > size_t(shape.cap - shape.leaf)) full(false);
   }
 
   void test(size_t leaf) {
@@ -198,6 +261,7 @@ struct Packet {
     std::vector<Key> keys;
     for (size_t c = from; c < std::min(boxes.size(), from + shape.fan); c++) keys.push_back(least(boxes[c]));
     for (steps++;; steps++) {
+      if (worst == kFar && longest() > 0) full(false);  // any bound is better than none
       size_t at = std::min_element(keys.begin(), keys.end()) - keys.begin();
       if (!(keys[at] < worst)) return;
       keys[at] = kFar;
@@ -206,6 +270,11 @@ struct Packet {
   }
 
   void walk(size_t seat) {
+    if (lanes.empty()) return;
+    for (const Lane& lane : lanes) limit = std::max(limit, lane.limit);
+    box = in.around([&](auto add) {
+      for (const Lane& lane : lanes) add(lane.q, lane.q, 0);
+    });
     size_t middle = seat / shape.leaf, node = middle / shape.fan * shape.fan, end = in.leaves.size();
     size_t first = std::max<int64_t>(node, std::min<int64_t>(int64_t(middle) - shape.seeds / 2, node + shape.fan - shape.seeds));
     size_t last = std::min({first + shape.seeds, node + shape.fan, end});
@@ -213,23 +282,33 @@ struct Packet {
     for (size_t top = 0; top < in.branches.size(); top += shape.fan)
       nearest_first(in.branches, top, [&](size_t branch) {
         nearest_first(in.nodes, branch * shape.fan, [&](size_t n) {
-          std::vector<size_t> pending;
+          std::vector<Key> keys;
           for (size_t leaf = n * shape.fan; leaf < std::min(end, (n + 1) * shape.fan); leaf++)
-            if ((leaf < first || leaf >= last) && least(in.leaves[leaf]) < worst) pending.push_back(leaf);
-          for (size_t leaf : pending) test(leaf);
+            keys.push_back(leaf < first || leaf >= last ? least(in.leaves[leaf]) : kFar);
+          for (;;) {
+            size_t which = keys.size();
+            uint32_t nearest = ~0u;
+            for (size_t c = 0; c < keys.size(); c++)
+              if (keys[c] < worst && (keys[c] >> 32) / shape.fan < nearest) nearest = (keys[c] >> 32) / shape.fan, which = c;
+            if (which == keys.size()) break;
+            keys[which] = kFar;
+            test(n * shape.fan + which);
+          }
         });
       });
-    merge();
+    full(true);
   }
 };
 
 }  // namespace
 
-// Per packet: packets, steps over boxes, leaves tested, leaves looked into, batches merged, most leaves of any packet.
+// Per packet: packets, steps over boxes, leaves tested, leaves looked into, K distances sorted and merged into the
+// nearest, 8 keys of a list moved, K keys sorted and merged into the best, first points looked at, most leaves.
 extern "C" void walk_steps(const float* x, int64_t N, int D, int k, int causal, int leaf, int fan, int seeds, int cap,
-                           int bits, float middle, float reach, int early, int every, double* out) {
-  Shape shape{D, k, leaf, fan, cap, seeds, bits, middle, reach};
-  std::vector<Key> keys = places(x, N, shape);
+                           int bits, float middle, float reach, int firsts, int early, int every, double* out) {
+  Shape shape{D, k, leaf, fan, cap, seeds, bits, middle, reach, int(std::min<int64_t>(firsts, N))};
+  float scale;
+  std::vector<Place> keys = places(x, N, shape, scale);
   std::vector<uint32_t> order(N);
   std::iota(order.begin(), order.end(), 0u);
   std::stable_sort(order.begin(), order.end(), [&](uint32_t i, uint32_t j) { return keys[i] < keys[j]; });
@@ -237,35 +316,35 @@ extern "C" void walk_steps(const float* x, int64_t N, int D, int k, int causal, 
   for (int64_t size = N, half;; size = half) {  // prefixes
     half = (size + 1) / 2;
     bool shortest = !causal || half <= early;
-    Segment segment(shape);
+    Segment segment(shape, x, scale);
     std::vector<uint32_t> rows, seats;
     for (uint32_t i : order)
       if (i < size) {
         if (shortest || i >= half) rows.push_back(i), seats.push_back(segment.ids.size());
         segment.ids.push_back(i);
       }
-    segment.build(x);
+    segment.build();
     for (size_t r = 0; r < rows.size(); r += size_t(kLanes) * every) {
       size_t n = std::min<size_t>(kLanes, rows.size() - r);
       Packet packet{segment, shape, {}, {}};
-      for (size_t l = 0; l < n; l++) {
+      for (size_t l = 0; l < n; l++)
         packet.lanes.push_back({x + size_t(rows[r + l]) * D, causal ? rows[r + l] : ~0u});
-        packet.limit = std::max(packet.limit, packet.lanes.back().limit);
-      }
-      packet.box = segment.around([&](auto add) {
-        for (const Lane& lane : packet.lanes) add(lane.q, lane.q, 0);
-      });
+      packet.zeros_first();
       packet.walk((seats[r] + seats[r + n - 1]) / 2);
       total.packets++;
       total.steps += packet.steps;
       total.tests += packet.tests;
       total.leaves += packet.leaves;
+      total.thinned += packet.thinned;
+      total.moved += packet.moved;
       total.batches += packet.batches;
+      total.zeros += packet.zeros;
       total.most_leaves = std::max(total.most_leaves, packet.leaves);
     }
     if (shortest) break;
   }
   double p = total.packets;
-  double counted[] = {p, total.steps / p, total.tests / p, total.leaves / p, total.batches / p, total.most_leaves};
+  double counted[] = {p, total.steps / p, total.tests / p, total.leaves / p, total.thinned / p, total.moved / p,
+                      total.batches / p, total.zeros / p, total.most_leaves};
   memcpy(out, counted, sizeof counted);
 }

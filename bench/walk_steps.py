@@ -1,7 +1,8 @@
 """python -m bench.walk_steps: what a warp of the GPU's search does, counted on the CPU in the same order of steps.
 
-Needs a C++ compiler, no GPU. Instructions are estimated from the compiled kernel: STEP a step over 32 boxes, TEST a
-leaf tested, about 4 D + 7 a point looked at, BATCH a batch of 16 keys sorted and merged.
+Needs a C++ compiler, no GPU. Instructions are those of the kernel that is compiled for sm_90 (k = 16, D = 3), counted
+between its branches: a step over 32 boxes, a leaf tested, a point looked at, 16 distances sorted and merged, 8 keys of
+a list moved, 16 keys sorted and merged.
 """
 
 import argparse
@@ -19,14 +20,18 @@ from dfn_kernels.triton.knn import tree, walk
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import point_sets  # noqa: E402  one list of hostile sets for tests and benchmark
 
-STEP, TEST, BATCH = 100, 45, 730
+STEP, THIN, MOVE, BATCH = 100, 325, 100, 750
 SETS = ("uniform", "normal", "clusters", "outliers", "line 0", "line 2", "circle", "diagonal", "lattice",
-        "256 positions", "half identical", "two rows", "sorted", "underflowing", "narrow clusters")  # fmt: skip
+        "256 positions", "half identical", "two rows", "sorted", "underflowing", "narrow clusters",
+        "narrow middle")  # fmt: skip
 
 
 def points(name: str, n: int, D: int) -> torch.Tensor:
     if name == "narrow clusters":  # a millionth of the spread
         return (torch.rand(100, D).double()[torch.randint(100, (n,))] + 1e-6 * torch.randn(n, D)).float()
+    if name == "narrow middle":  # the same for most points, and the others far away
+        far = torch.rand(n, 1) < 0.15
+        return torch.where(far, torch.rand(n, D), 1e-6 * torch.randn(n, D))
     return point_sets.points(name, n, D)
 
 
@@ -41,16 +46,20 @@ def build() -> ctypes.CDLL:
 def count(library: ctypes.CDLL, x: torch.Tensor, k: int, causal: bool, packets: int) -> dict[str, float]:
     """Per packet of 32 queries; at most about so many packets, spread over the curve."""
     N, D = x.shape
-    bits = 31 if D == 1 else tree.Layout.of(1, N, D, causal).bits
-    out = (ctypes.c_double * 6)()
+    layout = tree.Layout.of(1, N, D, causal)
+    bits = 31 if D == 1 else layout.bits + layout.fine
+    out = (ctypes.c_double * 9)()
     real = ctypes.c_float
     library.walk_steps(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(N), D, k, int(causal), tree.LEAF, tree.FAN, walk.seeds(k),
-        3 * tree.LEAF, bits, real(tree.MIDDLE), real(tree.REACH), tree.EARLY, max(1, triton.cdiv(N, 32 * packets)), out,
+        3 * tree.LEAF, bits, real(tree.MIDDLE), real(tree.REACH), tree.FIRST, tree.EARLY,
+        max(1, triton.cdiv(N, 32 * packets)), out,
     )  # fmt: skip
-    _, steps, tests, leaves, batches, most = out
-    work = STEP * steps + TEST * tests + tree.LEAF * (4 * D + 7) * leaves + BATCH * batches
-    return {"steps": steps, "tests": tests, "leaves": leaves, "most": most, "batches": batches, "instructions": work}
+    _, steps, tests, leaves, thinned, moved, batches, zeros, most = out
+    point, test = 3 * D + 10, 32 + 8 * D
+    work = STEP * steps + test * tests + point * (tree.LEAF * leaves + zeros) + THIN * thinned + MOVE * moved
+    return {"steps": steps, "tests": tests, "leaves": leaves, "most": most, "thinned": thinned, "moved": moved,
+            "batches": batches, "zeros": zeros, "instructions": work + BATCH * batches}  # fmt: skip
 
 
 def main() -> None:
@@ -62,7 +71,7 @@ def main() -> None:
     parser.add_argument("--packets", type=int, default=2048)
     given = parser.parse_args()
     library = build()
-    print("| N | D | set | leaves | most | tests | steps | batches | instructions | to uniform | causal to plain |")
+    print("| N | D | set | leaves | most | tests | steps | lists | instructions | to uniform | causal to plain |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for n in given.n:
         for D in given.dims:
@@ -73,9 +82,10 @@ def main() -> None:
                 found = count(library, x, given.k, False, given.packets)
                 causal = count(library, x, given.k, True, given.packets)
                 uniform = uniform or found["instructions"]
+                lists = THIN * found["thinned"] + MOVE * found["moved"] + BATCH * found["batches"]
                 print(
                     f"| {n} | {D} | {name} | {found['leaves']:.1f} | {found['most']:.0f} | {found['tests']:.1f} "
-                    f"| {found['steps']:.1f} | {found['batches']:.1f} | {found['instructions']:.0f} "
+                    f"| {found['steps']:.1f} | {lists:.0f} | {found['instructions']:.0f} "
                     f"| {found['instructions'] / uniform:.2f} "
                     f"| {causal['instructions'] / found['instructions']:.2f} |",
                     flush=True,

@@ -179,7 +179,35 @@ def test_boxes_that_no_lane_needs(name, D, mask, monkeypatch):
 def test_the_order_does_not_matter(monkeypatch):
     """Where the curve runs decides how fast a search is, never what it finds."""
     monkeypatch.setattr(tree.Layout, "bits", 1)
+    monkeypatch.setattr(tree.Layout, "fine", 1)
     check(torch.randn(N, 3, device=DEVICE), 5, **MASKS[3])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_zeros_among_the_first_points(causal, monkeypatch):
+    """Some queries find k points at distance zero there, others must walk."""
+    if INTERPRETED:
+        monkeypatch.setattr(lists, "LANES", 16)
+    monkeypatch.setattr(tree, "FIRST", 16 if INTERPRETED else 256)
+    x = point_sets.points("underflowing", N, 2)
+    x[::5] *= 3
+    x[3] = float("nan")
+    for k in (1, 2) if INTERPRETED else (1, 2, 16, 60):
+        check(x.to(DEVICE)[None], k, lengths=torch.tensor([N - 4], device=DEVICE), check=False, causal=causal,
+              include_self=k % 2 == 0)  # fmt: skip
+
+
+def test_second_words(monkeypatch):
+    """Points that the first word of a key cannot tell apart follow each other as the second has them."""
+    monkeypatch.setattr(tree.Layout, "bits", 2)
+    x = point_sets.points("uniform", 64, 3).to(DEVICE)[None]
+    layout = tree.Layout.of(1, 64, 3, False)
+    frame = torch.tensor([[0.5, 0.5, 0.5, 0.5]], device=DEVICE)
+    keys, order = tree._sorted(x, None, layout, frame, False)
+    assert layout.fine == 10 and keys.unique().numel() < 9  # an eighth of the frame holds them all
+    points = x[0, order]
+    assert (points[1:] - points[:-1]).norm(dim=-1).max() < 0.9 and (keys[1:] >= keys[:-1]).all()
+    assert (points[1:] - points[:-1]).norm(dim=-1).mean() < 0.7 * (x[0, 1:] - x[0, :-1]).norm(dim=-1).mean()
 
 
 def test_fewer_points_than_neighbors():
@@ -320,7 +348,8 @@ def test_nothing_waits_for_the_device(k, causal, others, started, launches):
         with _OneDevice() as device:
             indices, sq_dists = package.knn(*inputs, k, bool(causal), not causal, found)
             assert indices.shape == sq_dists.shape == found.shape
-        assert len(launches) + len(device.calls) == started, (launches, device.calls)
+        second_words = (3 + 3 * others) * (D > 2)
+        assert len(launches) + len(device.calls) == started + second_words, (launches, device.calls)
 
 
 @pytest.mark.parametrize("dtype, D, n", [(torch.float32, 3, 2003), (torch.float32, 20, 100), (torch.float64, 2, 5000)])

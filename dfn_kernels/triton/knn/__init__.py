@@ -2,7 +2,7 @@
 
 - lists.py: what every lane keeps, the k best keys; networks that sort and merge them.
 - brute.py: every query against every point; few points, many dimensions, float64.
-- tree.py: the points in boxes, in the order of a Hilbert curve.
+- tree.py: the points in boxes, in the order of a Hilbert curve; rows.py: how they are read.
 - walk.py: packets of neighbouring queries walk over the boxes.
 - warm.py: what neighbours of the last step tell about this one.
 

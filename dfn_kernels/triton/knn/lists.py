@@ -4,6 +4,9 @@ A key is (distance bits << 32 | index): an integer, and keys order as neighbours
 of the k is put at the end of the lane's list, one store; a list that is nearly full is sorted and merged, K keys at a
 time, by networks of min and max in registers. All lanes do the same, whatever their keys are.
 
+Up to K keys the list is first thinned: the K smallest distances, 32 bits wide and in registers, tell which of its keys
+are still wanted, for a third of what merging them costs. Only what is left at the end is merged, or if too many tie.
+
 A program's memory: CAP list entries, then `kept` best keys, a multiple of K; entry s of lane l is at s LANES + l. The
 first kept - k of the best are -1, so that the last one is the k-th of what was found.
 """
@@ -98,6 +101,46 @@ def merge_list(
             new = new + (tl.load(LIST + (start + e) * LANES, mask=start + e < count, other=FAR),)
         merge_sorted(_sorted(new, K, LOG), BEST, kept, ONE, LANES, K, LOG)
     return tl.load(BEST + (kept - 1) * LANES)
+
+
+@triton.jit
+def nearest_of_nothing(like, kept, k, K: tl.constexpr):
+    """The K smallest distances, as bits, ascending: -1 for those that k leaves out, then inf."""
+    near = ()
+    for e in tl.static_range(K):
+        near = near + (tl.where(e < kept - k, -1, like * 0 + 0x7F800000),)
+    return near
+
+
+@triton.jit
+def thin(LIST, near, worst, count, old, longest, LANES: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr):
+    """The first `old` keys of each lane's list are among its K `near`est already; now the others are, too, and of the
+    list only what is below the new `worst` key stays.
+    """
+    NEW = LIST + old * LANES
+    fresh = count - old
+    for start in range(0, tl.max(fresh, axis=0), K):
+        new = ()
+        for e in tl.static_range(K):  # up to K keys behind the list may be read: the best ones are there
+            d = (tl.load(NEW + (start + e) * LANES) >> 32).to(tl.int32)
+            new = new + (tl.where(start + e < fresh, d, 0x7F800000),)
+        new = _sorted(new, K, LOG)
+        both = ()
+        for e in tl.static_range(K):
+            both = both + (tl.minimum(near[e], new[K - 1 - e]),)
+        near = _merged(both, K, LOG)
+    worst = tl.minimum(worst, (near[K - 1].to(tl.int64) << 32) | 0xFFFFFFFF)  # whatever its index, it may tie
+    to = tl.zeros_like(count)
+    for start in range(0, longest, 8):
+        keys = ()
+        for e in tl.static_range(8):
+            keys = keys + (tl.load(LIST + (start + e) * LANES),)
+        for e in tl.static_range(8):
+            stays = (keys[e] < worst) & (start + e < count)
+            tl.store(LIST + to, keys[e], mask=stays)
+            to = tl.where(stays, to + LANES, to)
+    left = to // LANES
+    return near, worst, left
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Points in the order of a Hilbert curve, in boxes: LEAF points a leaf, FAN leaves a node, FAN nodes a branch.
 
 1. A frame for each batch: where the middle 80 % of a sample lie, with one scale for all axes.
-2. Every point gets a key: segment | is it usable? | its place on the curve. One radix sort. Points of one key stay in
-   the order of their indices.
+2. Every point gets a key: segment | is it usable? | its place on the curve; from three dimensions on a second word
+   tells places apart that the first cannot. A radix sort for each word. Points of one key stay in the order of their
+   indices.
 3. Points are packed in this order, and every box gets its edges and the lowest index in it.
 
 The order decides how fast a search is, never what it finds. Shapes depend on sizes alone; nothing waits for the device.
@@ -16,16 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import NO_SPILLS
+from .rows import rows_at, wide
 
 LEAF = 16
 FAN = 32
 SAMPLE = 1024
 EARLY = 1024  # causal: prefixes are halved down to about this many points
 MIDDLE = 2.0  # the frame's scale as far as this many half widths of the sample's middle; beyond it logarithms
-REACH = 4.0  # where the frame ends
+REACH = 16.0  # where the frame ends
+FIRST = 4096  # so many points of a batch are kept in the order of their indices, too
 JIT = {"do_not_specialize": [
     "N", "M", "k", "B", "rows", "queries", "total", "slots", "pitch", "nodes", "branches", "C", "L", "bits", "items",
-    "slices", "size", "causal", "include_self", "kept", "around",
+    "slices", "size", "causal", "include_self", "kept", "around", "fine", "firsts",
 ]}  # fmt: skip  # One compilation serves all sizes: without this there would be others for 1 and for multiples of 16.
 
 
@@ -66,8 +69,17 @@ class Layout:
 
     @property
     def bits(self) -> int:
-        """Of an axis on the curve."""
+        """Of an axis, in the first word of a key."""
         return min(30, (61 - (self.B * self.levels - 1).bit_length()) // self.D)
+
+    @property
+    def fine(self) -> int:
+        """And in the second."""
+        return min(30 - self.bits, 31 // self.D) if self.D > 2 else 0
+
+    @property
+    def firsts(self) -> int:
+        return min(FIRST, self.N)
 
     @staticmethod
     def of(B: int, N: int, D: int, causal: bool) -> "Layout":
@@ -81,12 +93,12 @@ class Tree:
     layout: Layout
     frame: Tensor  # float32 [B, D + 1]: the middle, then the scale
     keys: Tensor  # int64 [total], ascending
-    points: Tensor  # float32 [D, total]
-    ids: Tensor  # int32 [total]
+    points: Tensor  # int32 [total, wide(D + 1)]: the bits of a position, its index
+    firsts: Tensor  # int32 [B, firsts, wide(D + 1)]: the first points again, in the order of their indices
     rows: Tensor  # int32 [B N]: the points as queries, neighbours side by side, segment by segment
     seats: Tensor  # int32 [B N]: their slots
-    edges: Tensor  # float32 [2, D, pitch]: lower and upper ones of each box; of an empty one inf and -inf
-    first: Tensor  # int32 [pitch]: the lowest index in it
+    boxes: Tensor  # int32 [pitch, wide(2 D + 1)]: bits of lower edges, upper ones, the lowest index in it; of an empty
+    # one inf, -inf and 2^31 - 1
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -142,8 +154,11 @@ def frame_kernel(
 
 
 @triton.jit
-def _hilbert(x, bits, D: tl.constexpr):
-    """The place on the curve of cells x, D numbers below 2^bits (J. Skilling, AIP Conference Proceedings 707, 2004)."""
+def _hilbert(x, bits, fine, D: tl.constexpr):
+    """The place on the curve of cells x, D numbers below 2^(bits + fine), in two words
+    (J. Skilling, AIP Conference Proceedings 707, 2004).
+    """
+    bits += fine
     for s in range(1, bits):
         bit = 1 << (bits - s)
         for a in tl.static_range(D):
@@ -166,17 +181,22 @@ def _hilbert(x, bits, D: tl.constexpr):
         bit = 1 << (bits - s)
         turn = turn ^ tl.where((y[D - 1] & bit) == 0, 0, bit - 1)
     key = tl.zeros_like(x[0]).to(tl.int64)
-    for s in range(0, bits):
+    for s in range(0, bits - fine):
         for a in tl.static_range(D):
             key = (key << 1) | (((y[a] ^ turn) >> (bits - 1 - s)) & 1).to(tl.int64)
-    return key
+    rest = tl.zeros_like(x[0])
+    if D > 2:
+        for s in range(0, fine):
+            for a in tl.static_range(D):
+                rest = (rest << 1) | (((y[a] ^ turn) >> (fine - 1 - s)) & 1)
+    return key, rest
 
 
 @triton.jit(**JIT)
 def key_kernel(
     X, LX, FRAME,  # inputs: points or queries, how many are in use
-    KEYS,  # output
-    total, rows, slots, C, L, bits,  # shapes
+    KEYS, RESTS,  # outputs; RESTS: the second words, from three dimensions on
+    total, rows, slots, C, L, bits, fine,  # shapes
     MIDDLE: tl.constexpr, REACH: tl.constexpr,
     HAS_L: tl.constexpr, QUERIES: tl.constexpr,  # QUERIES: one slot a row; else one slot for each prefix it is in
     D: tl.constexpr, BM: tl.constexpr,
@@ -208,7 +228,7 @@ def key_kernel(
             far = tl.abs(x)
             far = tl.where(far > MIDDLE, MIDDLE + MIDDLE * 0.25 * tl.log2(tl.maximum(far / MIDDLE, 1.0)), far)
             far = tl.where(far < REACH, far, REACH)
-            half = 1 << (bits - 1)
+            half = 1 << (bits + fine - 1)
             cell = (tl.where(x < 0.0, -far, far) * (half.to(tl.float32) / REACH)).to(tl.int32)
             cells = cells + (tl.minimum(tl.maximum(cell, -half), half - 1) + half,)
     ok = ok & (spoiled == 0.0)
@@ -216,8 +236,10 @@ def key_kernel(
         key = cells[0].to(tl.int64) + 2147483648
         width = 32
     else:
-        key = _hilbert(cells, bits, D)
+        key, rest = _hilbert(cells, bits, fine, D)
         width = bits * D
+        if D > 2:
+            tl.store(RESTS + t, tl.where(ok, rest, 0), mask=t < total)
     # What is not in use comes last in its segment, and slots without a point come after that.
     kind = tl.where(ok, 0, tl.where(here, 1, 2))
     key = tl.where(ok, key, 0) | (((b * L + m).to(tl.int64) * 4 + kind) << width)
@@ -239,18 +261,22 @@ def asks_kernel(
 
 
 @triton.jit
-def _edges(lower, upper, first, EDGES, FIRST, pitch, at, a, D: tl.constexpr):
-    tl.store(EDGES + pitch.to(tl.int64) * a + at, lower)
-    tl.store(EDGES + pitch.to(tl.int64) * (D + a) + at, upper)
-    if a == 0:
-        tl.store(FIRST + at, first)
+def _put_box(lower, upper, BOXES, at, a, D: tl.constexpr):
+    at = at.to(tl.int64) * wide(2 * D + 1) + a
+    tl.store(BOXES + at, lower.to(tl.int32, bitcast=True))
+    tl.store(BOXES + at + D, upper.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _put_first(first, BOXES, at, D: tl.constexpr):
+    tl.store(BOXES + at.to(tl.int64) * wide(2 * D + 1) + 2 * D, first)
 
 
 @triton.jit(**JIT)
 def pack_kernel(
     X, LX, ORDER, ASKED,  # inputs; ASKED: running sums of what asks_kernel writes
-    POINTS, IDS, ROWS, SEATS, EDGES, FIRST,  # outputs
-    total, rows, slots, pitch, nodes, branches, C, L,  # shapes
+    POINTS, FIRSTS, ROWS, SEATS, BOXES,  # outputs
+    total, rows, slots, nodes, C, L, firsts,  # shapes
     HAS_L: tl.constexpr, HAS_ASKED: tl.constexpr, D: tl.constexpr, LEAF: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
     """One node a program."""
@@ -280,66 +306,80 @@ def pack_kernel(
         spoiled += tl.load(row + a, mask=usable, other=0.0) * 0.0
     usable = usable & (spoiled == 0.0)
     ids = tl.where(usable, i, 0x7FFFFFFF)
-    tl.store(IDS + t, ids, mask=t < total)
+    POINT = POINTS + t.to(tl.int64) * wide(D + 1)
+    AGAIN = FIRSTS + (b.to(tl.int64) * firsts + i) * wide(D + 1)
+    again = here & (m == 0) & (i < firsts)
+    tl.store(POINT + D, ids, mask=t < total)
+    tl.store(AGAIN + D, ids, mask=again)
     first = tl.min(ids, axis=1)
+    at = nodes * FAN + pid
+    _put_first(first, BOXES, leaf, D)
+    _put_first(tl.min(first, axis=0), BOXES, at, D)
     for a in tl.static_range(D):
         x = tl.load(row + a, mask=usable, other=float("inf"))
-        tl.store(POINTS + total.to(tl.int64) * a + t, x, mask=t < total)
+        tl.store(POINT + a, x.to(tl.int32, bitcast=True), mask=t < total)
+        tl.store(AGAIN + a, x.to(tl.int32, bitcast=True), mask=again)
         lower = tl.min(x, axis=1)
         upper = tl.max(tl.where(usable, x, -float("inf")), axis=1)
-        _edges(lower, upper, first, EDGES, FIRST, pitch, leaf, a, D)
-        at = nodes * FAN + pid
-        _edges(tl.min(lower, axis=0), tl.max(upper, axis=0), tl.min(first, axis=0), EDGES, FIRST, pitch, at, a, D)
+        _put_box(lower, upper, BOXES, leaf, a, D)
+        _put_box(tl.min(lower, axis=0), tl.max(upper, axis=0), BOXES, at, a, D)
 
 
 @triton.jit(**JIT)
 def branch_kernel(
-    EDGES, FIRST,  # inputs and outputs
-    pitch, nodes, branches,  # shapes
+    BOXES,  # input and output
+    nodes, branches,  # shapes
     D: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
     """One branch a program."""
     pid = tl.program_id(0)
     node = pid * FAN + tl.arange(0, FAN)
-    at = nodes * FAN + node
     here = node < nodes
-    ids = tl.load(FIRST + at, mask=here, other=0x7FFFFFFF)
+    box = rows_at(BOXES, nodes * FAN + node, here, FAN, wide(2 * D + 1))
+    to = (nodes + branches) * FAN + pid
+    _put_first(tl.min(tl.where(here, box[2 * D], 0x7FFFFFFF), axis=0), BOXES, to, D)
     for a in tl.static_range(D):
-        lower = tl.load(EDGES + pitch.to(tl.int64) * a + at, mask=here, other=float("inf"))
-        upper = tl.load(EDGES + pitch.to(tl.int64) * (D + a) + at, mask=here, other=-float("inf"))
-        to = (nodes + branches) * FAN + pid
-        _edges(tl.min(lower, axis=0), tl.max(upper, axis=0), tl.min(ids, axis=0), EDGES, FIRST, pitch, to, a, D)
+        lower = tl.where(here, box[a].to(tl.float32, bitcast=True), float("inf"))
+        upper = tl.where(here, box[D + a].to(tl.float32, bitcast=True), -float("inf"))
+        _put_box(tl.min(lower, axis=0), tl.max(upper, axis=0), BOXES, to, a, D)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 BM = 256
 
 
-def _keys(x: Tensor, lengths: Tensor | None, layout: Layout, frame: Tensor, queries: bool) -> Tensor:
+def _sorted(x: Tensor, lengths: Tensor | None, layout: Layout, frame: Tensor, queries: bool) -> tuple[Tensor, Tensor]:
+    """Keys in ascending order, first words, and where they come from."""
     B, rows, D = x.shape
     total = B * rows if queries else layout.total
     keys = torch.empty(total, dtype=torch.int64, device=x.device)
+    rests = torch.empty(total, dtype=torch.int32, device=x.device) if D > 2 else keys
     key_kernel[(triton.cdiv(total, BM),)](
         x, x if lengths is None else lengths, frame,
-        keys,
-        total, rows, layout.slots, layout.C, layout.levels, layout.bits,
+        keys, rests,
+        total, rows, layout.slots, layout.C, layout.levels, layout.bits, layout.fine,
         MIDDLE=MIDDLE, REACH=REACH, HAS_L=lengths is not None, QUERIES=queries, D=D, BM=BM, num_warps=4,
+        **NO_SPILLS,
     )  # fmt: skip
-    return keys
+    if D <= 2:
+        return keys.sort(stable=True)
+    order = rests.sort(stable=True).indices  # the least word first
+    keys, second = keys[order].sort(stable=True)
+    return keys, order[second]
 
 
 def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
     """`points` float32 [B, N, D], contiguous, and how many of each batch are in use."""
     B, N, D = points.shape
     layout = Layout.of(B, N, D, causal)
-    total, pitch = layout.total, layout.pitch
+    total = layout.total
     counts = points if lengths is None else lengths
     frame = points.new_empty(B, D + 1)
     frame_kernel[(B,)](
         points, counts, frame, N, HAS_L=lengths is not None, D=D, SAMPLE=SAMPLE, num_warps=4,
         **NO_SPILLS,
     )  # fmt: skip
-    keys, order = _keys(points, lengths, layout, frame, False).sort(stable=True)
+    keys, order = _sorted(points, lengths, layout, frame, False)
     sizes = layout.slots, layout.C, layout.levels
     asked = order
     if layout.levels > 1:
@@ -347,27 +387,25 @@ def build(points: Tensor, lengths: Tensor | None, causal: bool) -> Tree:
         asks_kernel[(triton.cdiv(total, BM),)](order, asks, total, N, *sizes, BM=BM, num_warps=4)
         asked = asks.cumsum(0, dtype=torch.int32)
 
-    def integers(n: int) -> Tensor:
-        return torch.empty(n, dtype=torch.int32, device=points.device)
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=points.device)
 
     tree = Tree(
-        layout, frame, keys, points.new_empty(D, total), integers(total), integers(B * N), integers(B * N),
-        points.new_empty(2, D, pitch), integers(pitch),
+        layout, frame, keys, integers(total, wide(D + 1)), integers(B, layout.firsts, wide(D + 1)),
+        integers(B * N), integers(B * N), integers(layout.pitch, wide(2 * D + 1)),
     )  # fmt: skip
     pack_kernel[(layout.nodes,)](
         points, counts, order, asked,
-        tree.points, tree.ids, tree.rows, tree.seats, tree.edges, tree.first,
-        total, N, layout.slots, pitch, layout.nodes, layout.branches, layout.C, layout.levels,
+        tree.points, tree.firsts, tree.rows, tree.seats, tree.boxes,
+        total, N, layout.slots, layout.nodes, layout.C, layout.levels, layout.firsts,
         HAS_L=lengths is not None, HAS_ASKED=layout.levels > 1, D=D, LEAF=LEAF, FAN=FAN, num_warps=4,
         **NO_SPILLS,
     )  # fmt: skip
-    branch_kernel[(layout.branches,)](
-        tree.edges, tree.first, pitch, layout.nodes, layout.branches, D=D, FAN=FAN, num_warps=1
-    )  # fmt: skip
+    branch_kernel[(layout.branches,)](tree.boxes, layout.nodes, layout.branches, D=D, FAN=FAN, num_warps=1)
     return tree
 
 
 def in_order(queries: Tensor, lengths: Tensor | None, tree: Tree) -> tuple[Tensor, Tensor]:
     """Rows of other queries [B, M, D], neighbours side by side, and the slots that they are next to: int32 [B M]."""
-    keys, rows = _keys(queries, lengths, tree.layout, tree.frame, True).sort()
+    keys, rows = _sorted(queries, lengths, tree.layout, tree.frame, True)
     return rows.int(), torch.searchsorted(tree.keys, keys, out_int32=True)

@@ -15,38 +15,93 @@ from torch import Tensor
 
 from . import lists
 from . import tree as trees
-from .lists import FAR, forget, merge_list, write, write_nothing
+from .lists import FAR, forget, merge_list, nearest_of_nothing, thin, write, write_nothing
+from .rows import rows_at, same_row, wide
 from .tree import JIT, Tree, level_of_query
 
 
 @triton.jit
-def least_keys(EDGES, FIRST, pitch, at, inside, low, high, limit, D: tl.constexpr):
-    """Of boxes, seen from the box between `low` and `high`; FAR if nothing in it has an index up to `limit`."""
-    inf = float("inf")
-    d = 0.0
+def key_of(d, index):
+    """Of a distance and an index, neither of them negative: without a sign to extend it takes two instructions less."""
+    return (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def least_keys(box, low, high, D: tl.constexpr):
+    """Of boxes, seen from the box between `low` and `high`. Of an empty one: not below FAR."""
     for a in tl.static_range(D):
-        lower = tl.load(EDGES + pitch.to(tl.int64) * a + at, mask=inside, other=inf)
-        upper = tl.load(EDGES + pitch.to(tl.int64) * (D + a) + at, mask=inside, other=-inf)
+        lower, upper = box[a].to(tl.float32, bitcast=True), box[D + a].to(tl.float32, bitcast=True)
         off = tl.maximum(tl.maximum(lower - high[a], low[a] - upper), 0.0)
-        d = d + off * off
-    first = tl.load(FIRST + at, mask=inside, other=0x7FFFFFFF)
-    key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | first.to(tl.int64)
-    return tl.where(inside & (d < inf) & (first <= limit), key, FAR)
+        if a == 0:
+            d = off * off
+        else:
+            d = d + off * off
+    return key_of(d, box[2 * D])
+
+
+@triton.jit
+def least_of(keys, child, FAN: tl.constexpr):
+    """The least of FAN keys, and which it is. By 32 bits at a time: the hardware has that in one instruction."""
+    d, low = (keys >> 32).to(tl.int32), keys.to(tl.int32)
+    nearest = tl.min(d, axis=0)
+    first = tl.min(tl.where(d == nearest, low, 0x7FFFFFFF), axis=0)
+    which = tl.min(tl.where((d == nearest) & (low == first), child, FAN), axis=0)
+    return (nearest.to(tl.int64) << 32) | first.to(tl.int64), which
+
+
+@triton.jit
+def sq_dist(point, q, D: tl.constexpr):
+    step = point[0].to(tl.float32, bitcast=True) - q[0]
+    d = step * step
+    for a in tl.static_range(1, D):
+        step = point[a].to(tl.float32, bitcast=True) - q[a]
+        d = d + step * step
+    return d
+
+
+@triton.jit
+def zeros_first(
+    FIRSTS, BEST, q, limit, skip, lacking, scale, k, kept, firsts,
+    D: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Where squares of differences round to zero for any two points of a large share of all pairs, the neighbours are
+    the first points at distance zero. Those of each lane among the first points; the lanes that have k of them.
+    """
+    expected = k + 0.0  # how many points it takes to find them
+    for _ in tl.static_range(D):
+        expected *= tl.maximum(tl.minimum(scale, 1e-19) * 4.7e22, 1.0)  # 1.25 / 2^-75, whose square rounds to zero
+    count = tl.zeros_like(limit)
+    start = tl.where(expected * 2.0 < firsts, 0, firsts)
+    while (start < firsts) & (tl.max(lacking.to(tl.int32), axis=0) > 0):
+        for c in tl.static_range(GROUP):
+            j = tl.minimum(start + c, firsts - 1)
+            d = sq_dist(same_row(FIRSTS + j * wide(D + 1), LANES, wide(D + 1)), q, D)
+            wanted = lacking & (d == 0.0) & (start + c < firsts) & (j <= limit) & (j != skip) & (count < k)
+            tl.store(BEST + (kept - k + count) * LANES, count.to(tl.int64) * 0 + j, mask=wanted)
+            count += wanted.to(tl.int32)
+        lacking = lacking & (count < k)
+        start += GROUP
+    few = count < k  # these walk, and meet the same points again
+    for s in range(0, tl.max(tl.where(few, count, 0), axis=0)):
+        tl.store(BEST + (kept - k + s) * LANES, count.to(tl.int64) * 0 + FAR, mask=few)
+    return count == k
 
 
 @triton.jit(**JIT)
 def walk_kernel(
     Q, ROWS, SEATS, LQ, BOUND,  # inputs: queries, the order to serve them in, how many are in use, from the warm start
-    POINTS, IDS, EDGES, FIRST,  # inputs: the tree
+    POINTS, FIRSTS, BOXES, FRAME,  # inputs: the tree
     MEMORY,  # scratch [programs, CAP + kept, LANES]
     OUT_I, OUT_D,  # outputs [B, M, k]
-    queries, M, total, slots, pitch, nodes, branches, C, L, k, kept,  # shapes
+    queries, M, slots, nodes, branches, C, L, k, kept, firsts,  # shapes
     causal, include_self, around,  # 0 or 1, 0 or 1, leaves
     HAS_LQ: tl.constexpr, HAS_BOUND: tl.constexpr, MASKED: tl.constexpr,  # MASKED: causal, or without self
     D: tl.constexpr,
     ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,  # K = 2^LOG keys are merged at a time; ONE: no more are kept
-    LEAF: tl.constexpr, FAN: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
+    LEAF: tl.constexpr, FAN: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    POINT: tl.constexpr = wide(D + 1)
+    BOX: tl.constexpr = wide(2 * D + 1)
     lane = tl.arange(0, LANES)
     child = tl.arange(0, FAN)
     MEMORY += tl.program_id(0).to(tl.int64) * ((CAP + kept) * LANES)
@@ -82,11 +137,17 @@ def walk_kernel(
             m = segment % L
             begin = ((segment // L) * slots + 2 * C - ((2 * C) >> m)) // LEAF
             end = begin + (C >> m) // LEAF
+            batch = (segment // L).to(tl.int64)
+            scale = tl.load(FRAME + batch * (D + 1) + D)
+            forget(BEST, start, kept, k, LANES)
+            among = FIRSTS + batch * firsts * POINT
+            done = zeros_first(among, BEST, q, limit, skip, active, scale, k, kept, firsts, D, GROUP, LANES)
+            walks = active & (done == 0)
             low, high = (), ()
             for a in tl.static_range(D):
-                low = low + (tl.min(tl.where(active, q[a], float("inf")), axis=0),)
-                high = high + (tl.max(tl.where(active, q[a], -float("inf")), axis=0),)
-            last = tl.max(tl.where(active, limit, -1), axis=0)
+                low = low + (tl.min(tl.where(walks, q[a], float("inf")), axis=0),)
+                high = high + (tl.max(tl.where(walks, q[a], -float("inf")), axis=0),)
+            last = tl.max(tl.where(walks, limit, -1), axis=0)
 
             # The leaves around the seat, and of one node.
             middle = tl.min(tl.where(active, seat, 0x7FFFFFFF), axis=0) // 2
@@ -97,72 +158,90 @@ def walk_kernel(
             seeds = tl.maximum(seeds, tl.maximum(node * FAN, begin))
             after_seeds = tl.minimum(tl.minimum(seeds + around, node * FAN + FAN), end)
             here = node * FAN + child
-            pending = tl.where((here >= seeds) & (here < after_seeds), child, FAN)  # leaves of this node to look into
+            # The least keys of the leaves of this node that are still to be looked into; those around the seat first.
+            pending = tl.where((here >= seeds) & (here < after_seeds), tl.zeros_like(child).to(tl.int64) - 1, FAR)
 
             branch, top = node * 0, begin // (FAN * FAN)
-            outer = tl.zeros_like(child).to(tl.int64) + FAR  # least keys of the branches from top - FAN on
+            outer = tl.zeros_like(child).to(tl.int64) + FAR  # of the branches from top - FAN on
             inner = outer  # and of the nodes of this branch
-            forget(BEST, start, kept, k, LANES)
-            found = tl.zeros_like(start) + FAR
-            worst = tl.where(active, start, -1)
+            near = nearest_of_nothing(row, kept, k, K)
+            worst = tl.where(walks, start, -1)
             worst_of_all = tl.max(worst, axis=0)
-            count = tl.zeros_like(row)
-            longest = tl.max(count, axis=0)
+            old = tl.zeros_like(row)
+            to = old  # the end of each lane's list, in keys of all lanes
+            longest = tl.max(old, axis=0)
             going = longest == 0
             while going:
-                which = tl.min(pending, axis=0)
-                if which < FAN:
-                    pending = tl.where(pending == which, FAN, pending)
+                # Nearest first, but for the last bits of the distance: they make room for which it is.
+                code = ((pending >> 32).to(tl.int32) & -FAN) | child
+                which = tl.min(tl.where(pending < worst_of_all, code, 0x7FFFFFFF), axis=0)
+                full = longest < 0
+                if which < 0x7FFFFFFF:
+                    which = which & (FAN - 1)
+                    pending = tl.where(child == which, FAR, pending)
                     leaf = node * FAN + which
-                    near = least_keys(EDGES, FIRST, pitch, leaf, leaf < end, q, q, limit, D) < worst
-                    if tl.max(near.to(tl.int32), axis=0) > 0:
-                        for c in tl.static_range(LEAF):
-                            j = leaf * LEAF + c
-                            d = tl.zeros_like(q[0])
-                            for a in tl.static_range(D):
-                                step = tl.load(POINTS + total.to(tl.int64) * a + j) - q[a]
-                                d = d + step * step
-                            index = tl.load(IDS + j)
-                            key = (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index.to(tl.int64)
-                            wanted = key < worst
-                            if MASKED:
-                                wanted = wanted & (index <= limit) & (index != skip)
-                            tl.store(LIST + count * LANES, key, mask=wanted)
-                            count += wanted.to(tl.int32)
-                        longest = tl.max(count, axis=0)
+                    of_leaf = same_row(BOXES + leaf.to(tl.int64) * BOX, LANES, BOX)
+                    needed = least_keys(of_leaf, q, q, D) < worst
+                    if MASKED:
+                        needed = needed & (of_leaf[2 * D] <= limit)
+                    if tl.max(needed.to(tl.int32), axis=0) > 0:
+                        FROM = POINTS + leaf.to(tl.int64) * (LEAF * POINT)
+                        for g in tl.static_range(0, LEAF, GROUP):
+                            points = ()
+                            for c in tl.static_range(GROUP):
+                                points = points + (same_row(FROM + (g + c) * POINT, LANES, POINT),)
+                            for c in tl.static_range(GROUP):
+                                d = sq_dist(points[c], q, D)
+                                index = points[c][D]
+                                key = key_of(d, index)
+                                wanted = key < worst
+                                if MASKED:
+                                    wanted = wanted & (index <= limit) & (index != skip)
+                                tl.store(LIST + to, key, mask=wanted)
+                                to = tl.where(wanted, to + LANES, to)
+                        longest = tl.max(to, axis=0) // LANES
+                        full = longest > CAP - LEAF
                 else:
-                    nearest = tl.min(inner, axis=0)
+                    full = (worst_of_all >= FAR) & (longest > 0)  # any bound is better than none
+                    nearest, which = least_of(inner, child, FAN)
                     if nearest < worst_of_all:
-                        which = tl.min(tl.where(inner == nearest, child, FAN), axis=0)
                         inner = tl.where(child == which, FAR, inner)
                         node = branch * FAN + which
                         here = node * FAN + child
                         inside = (here >= begin) & (here < end) & ((here < seeds) | (here >= after_seeds))
-                        leaves = least_keys(EDGES, FIRST, pitch, here, inside, low, high, last, D)
-                        pending = tl.where(leaves < worst_of_all, child, FAN)
+                        box = rows_at(BOXES, here, inside, FAN, BOX)
+                        pending = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                     else:
-                        nearest = tl.min(outer, axis=0)
+                        nearest, which = least_of(outer, child, FAN)
                         if nearest < worst_of_all:
-                            which = tl.min(tl.where(outer == nearest, child, FAN), axis=0)
                             outer = tl.where(child == which, FAR, outer)
                             branch = top - FAN + which
                             here = branch * FAN + child
                             inside = (here >= begin // FAN) & (here * FAN < end)
-                            inner = least_keys(EDGES, FIRST, pitch, nodes * FAN + here, inside, low, high, last, D)
+                            box = rows_at(BOXES, nodes * FAN + here, inside, FAN, BOX)
+                            inner = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                         else:
                             going = top * (FAN * FAN) < end
                             here = top + child
                             inside = here * (FAN * FAN) < end
-                            here += (nodes + branches) * FAN
-                            outer = least_keys(EDGES, FIRST, pitch, here, inside, low, high, last, D)
+                            box = rows_at(BOXES, (nodes + branches) * FAN + here, inside, FAN, BOX)
+                            outer = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                             top += FAN
-                if (longest > CAP - LEAF) | (going == 0):
-                    found = merge_list(LIST, BEST, count, longest, kept, ONE, LANES, K, LOG)
-                    count = tl.zeros_like(row)
-                    longest = tl.max(count, axis=0)
-                    worst = tl.where(active, tl.minimum(found, start), -1)
+                if full | (going == 0):
+                    count = to // LANES
+                    if ONE:
+                        near, worst, count = thin(LIST, near, worst, count, old, longest, LANES, K, LOG)
+                        longest = tl.max(count, axis=0)
+                    if (ONE == 0) | (longest > CAP - LEAF) | (going == 0):
+                        found = merge_list(LIST, BEST, count, longest, kept, ONE, LANES, K, LOG)
+                        worst = tl.minimum(worst, found)
+                        count = tl.zeros_like(row)
+                        longest = tl.max(count, axis=0)
+                    old = count
+                    to = count * LANES
                     worst_of_all = tl.max(worst, axis=0)
 
+            found = tl.load(BEST + (kept - 1) * LANES)
             served = active
             if HAS_BOUND:  # fewer than k within the bound: then it was not the distance to k different points
                 served = active & ((found < FAR) | (start == FAR))
@@ -174,11 +253,16 @@ def walk_kernel(
 # ---- launcher -------------------------------------------------------------------------------------------------------
 def seeds(k: int) -> int:
     """Leaves at a packet's seat that it looks into before anything else."""
-    return min(trees.FAN, max(4, triton.cdiv(3 * k, trees.LEAF)))
+    return min(trees.FAN, max(3, triton.cdiv(3 * k, trees.LEAF)))
 
 
 def registers(D: int) -> int:
-    return 152 if D <= 3 else 192 if D <= 6 else 224
+    return 184 if D <= 3 else 232
+
+
+def group(D: int) -> int:
+    """Points that are loaded before any is looked at: as many as leave registers for the rest."""
+    return min(trees.LEAF, 8 if D <= 3 else 2)
 
 
 def search(
@@ -195,14 +279,14 @@ def search(
     memory = torch.empty(programs * (CAP + kept) * lists.LANES, dtype=torch.int64, device=queries.device)
     walk_kernel[(programs,)](
         queries, rows, seats, queries if query_lengths is None else query_lengths, queries if bound is None else bound,
-        tree.points, tree.ids, tree.edges, tree.first,
+        tree.points, tree.firsts, tree.boxes, tree.frame,
         memory,
         indices, sq_dists,
-        B * M, M, layout.total, layout.slots, layout.pitch, layout.nodes, layout.branches, layout.C, layout.levels, k,
-        kept,
+        B * M, M, layout.slots, layout.nodes, layout.branches, layout.C, layout.levels, k, kept, layout.firsts,
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
-        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, CAP=CAP, LANES=lists.LANES,
+        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=group(D),
+        CAP=CAP, LANES=lists.LANES,
         **lists.options(registers(D)),
     )  # fmt: skip
     return indices, sq_dists
