@@ -6,7 +6,7 @@ python -m bench guard main               is this tree slower than that commit? b
 python -m bench compare OLD.json NEW.json
 python -m bench plot RESULT.json         draws it again
 python -m bench page RESULT.json         writes its Markdown again
-python -m bench readme RESULT.json       puts the table into README.md
+python -m bench docs RESULT.json         puts the table into docs/benchmarks.md
 """
 
 import argparse
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("result", type=result)
         print(f"written to {report.write_page(parser.parse_args(argv[1:]).result)}")
         return 0
-    if argv[:1] == ["readme"]:
-        parser = argparse.ArgumentParser(prog="python -m bench readme")
+    if argv[:1] == ["docs"]:
+        parser = argparse.ArgumentParser(prog="python -m bench docs")
         parser.add_argument("result", type=result)
-        report.update_readme(parser.parse_args(argv[1:]).result, Path(__file__).parents[1] / "README.md")
+        report.update_page(parser.parse_args(argv[1:]).result)
         return 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip

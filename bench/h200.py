@@ -1,9 +1,9 @@
-"""python -m bench.h200 FILE: the rows of the package's first run on a GPU, as a result and as README's GPU table.
+"""python -m bench.h200 FILE: the rows of the package's first run on a GPU, as a result and in docs/benchmarks.md.
 
 FILE is the log of that run: one JSON object with the machine's facts and a flat list of rows, each naming its work
 under "knn", "gather", "route", .. and its peers under "peer". Times are medians in milliseconds, the L2 cache
 overwritten before each run; "graph" is a replay from a CUDA graph. Written: bench/results/<date>-<gpu>-<commit>.json,
-facts and rows as they came, and .md, ours beside the best peer, which also goes between the gpu marks of README.md.
+facts and rows as they came, and .md, ours beside the best peer, which also goes between the gpu marks of that page.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     parser = argparse.ArgumentParser(prog="python -m bench.h200", description=__doc__.splitlines()[0])
     parser.add_argument("log", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     given = parser.parse_args(argv)
     log = json.loads(given.log.read_text())
     kind = "".join(ch if ch.isalnum() else "-" for ch in log["gpu"]).lower()
@@ -110,8 +110,8 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     given.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(log, indent=0) + "\n")
     path.with_suffix(".md").write_text(f"# First run on a GPU\n\n{markdown(log)}")
-    put_between(given.readme, MARKS, markdown(log))
-    say(f"written to {path} and {given.readme}")
+    put_between(given.page, MARKS, markdown(log))
+    say(f"written to {path} and {given.page}")
     return 0
 
 

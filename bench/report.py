@@ -135,7 +135,8 @@ def write_page(result: Path) -> Path:
     return page
 
 
-README_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE_MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 
 
 def beside_peers(rows: list[Row]) -> str:
@@ -150,7 +151,7 @@ def beside_peers(rows: list[Row]) -> str:
     return in_markdown(head, lines)
 
 
-def readme_table(path: Path) -> str:
+def page_table(path: Path) -> str:
     """`beside_peers` of a result, and what produced it."""
     result = json.loads(path.read_text())
     made_by = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
@@ -161,8 +162,8 @@ def readme_table(path: Path) -> str:
     return f"{beside_peers([Row(**row) for row in result['rows']])}\n{what}: {made_by}.\n"
 
 
-def update_readme(result: Path, readme: Path) -> None:
-    put_between(readme, README_MARKS, readme_table(result))
+def update_page(result: Path, page: Path = PAGE) -> None:
+    put_between(page, PAGE_MARKS, page_table(result))
 
 
 def put_between(page: Path, marks: tuple[str, str], text: str) -> None:

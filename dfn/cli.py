@@ -1,4 +1,4 @@
-"""The command ``dfn``: train, generate, eval, study, ablate, plot."""
+"""The command ``dfn``: train, generate, embed, classify, reconstruct, eval, study, ablate, plot."""
 
 import argparse
 import codecs
@@ -17,8 +17,8 @@ from typing import BinaryIO
 import torch
 
 from . import runs
-from .pictures.runs import draw
-from .runs import KINDS, Options, Run, UsageError
+from .pictures.runs import draw, write_picture
+from .runs import KINDS, Options, Run, UsageError, using
 from .runs.flags import Parser, add_options, given_options, not_negative, positive, seed, with_config
 from .runs.needed import check_installed
 from .runs.tables import figures_in_words, table
@@ -103,6 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest bytes only (default: all)")
     one.add_argument("--seed", type=seed, default=0, help="of what is drawn")
 
+    one = add("embed", embed, "tell how alike files are, by a contrastive or joint run")
+    add_files(one)
+    one.add_argument("--out", type=Path, metavar="FILE", help="write the vectors there, as CSV: name, then numbers")
+
+    one = add("classify", classify, "say which digit a picture shows, by a run of digits")
+    add_files(one)
+
+    one = add("reconstruct", reconstruct, "rebuild a file of which a share is hidden, by a masked run")
+    add_files(one, one=True)
+    one.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt, in the folder of the run"
+    )
+
     one = add("eval", evaluate, "judge a trained run, or train one and judge it")
     what = f"{', '.join(KINDS)}: a run; photographs (no options); memory (--steps, 130 unless given, and --seed)"
     one.add_argument("what", choices=JUDGED, metavar="WHAT", help=what)
@@ -121,6 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
     one = add("plot", plot, "draw a run's pictures into its folder")
     one.add_argument("run", type=Path, metavar="DIR", help="folder of a run or of a study")
     return parser
+
+
+def add_files(parser: argparse.ArgumentParser, one: bool = False) -> None:
+    parser.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
+    parser.add_argument("files", type=Path, metavar="FILE", nargs=1 if one else "+", help="a picture, sound or text")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is sampled")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -200,6 +219,43 @@ def stream(prompt: bytes, new: Iterable[int], out: BinaryIO) -> None:
     finally:
         out.write(held + b"\n")
         out.flush()
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    run = Run.load(arguments.run, warn)
+    run.set_threads()
+    vectors = torch.stack([using.embed(run, file, arguments.seed) for file in arguments.files])
+    print("cosines, 1 for files that are the same")
+    width = max(len(str(file)) for file in arguments.files)
+    for file, row in zip(arguments.files, (vectors @ vectors.T).tolist(), strict=True):
+        print(f"{file!s:{width}}" + "".join(f"{x:7.2f}" for x in row))
+    if arguments.out is not None:
+        rows = zip(arguments.files, vectors.tolist(), strict=True)
+        arguments.out.write_text("".join(f"{file},{','.join(f'{x:.6g}' for x in row)}\n" for file, row in rows))
+        print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers: {arguments.out}")
+
+
+def classify(arguments: argparse.Namespace) -> None:
+    run = Run.load(arguments.run, warn)
+    run.set_threads()
+    for file in arguments.files:
+        chances = using.classify(run, file, arguments.seed)
+        print(f"{file}: {chances.argmax()}, with a probability of {chances.max():.2f}")
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    run = Run.load(arguments.run, warn)
+    run.set_threads()
+    values, figures = using.reconstruct(run, arguments.files[0], arguments.seed)
+    words = {"error": ("mean squared error of what was hidden", ""), "saying the mean": ("that of saying the mean", "")}
+    print(figures_in_words(figures, words))
+    if values.dtype == torch.int64:
+        out = arguments.out or arguments.run / "rebuilt.txt"
+        out.write_bytes(bytes(values.tolist()))
+    else:
+        out = arguments.out or arguments.run / "rebuilt.png"
+        write_picture(out, values)
+    print(out)
 
 
 def as_bytes(text: str) -> bytes:

@@ -21,7 +21,8 @@ class Field:
     """A batch of fields on one grid.
 
     A field of your own is a subclass that sets `grid` and `batch` and has `values` and `at`; with values on a grid,
-    `GridField` has all of that. Samplers and densities use nothing else.
+    `GridField` has all of that. Samplers and densities use nothing else. One whose values are made from `centers` sets
+    `device`, too. CONTRIBUTING.md has an example.
 
     Attributes:
         grid: sizes of the axes; D = len(grid). batch: B. channels: c. values: ``[B, *grid, c]``.
@@ -44,14 +45,17 @@ class Field:
     def channels(self) -> int:
         return self.values.shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
     def at(self, positions: Tensor) -> Tensor:
         """The values at ``positions [B, n, D]``: ``[B, n, c]``. Beyond the border the nearest cell counts."""
         raise NotImplementedError(f"{type(self).__name__} must define at")
 
     def centers(self) -> Tensor:
         """The centres of all cells, in row-major order: ``[1, cells, D]``."""
-        device = self.values.device
-        axes = [(torch.arange(size, device=device) + 0.5) / size for size in self.grid]
+        axes = [(torch.arange(size, device=self.device) + 0.5) / size for size in self.grid]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)[None]
 
     def symbols(self, bins: int = 16) -> tuple[Tensor, int]:
@@ -192,6 +196,10 @@ class TextField(GridField):
     def channels(self) -> int:
         return self.table.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
     def at(self, positions: Tensor) -> Tensor:
         return self.table[self.ids_at(positions)]
 
@@ -236,9 +244,9 @@ class PointField(Field):
     def channels(self) -> int:
         return self.at_points.shape[-1]
 
-    def centers(self) -> Tensor:
-        axes = [(torch.arange(size, device=self.points.device) + 0.5) / size for size in self.grid]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)[None]
+    @property
+    def device(self) -> torch.device:
+        return self.points.device
 
     def at(self, positions: Tensor) -> Tensor:
         self._check(positions)

@@ -82,8 +82,7 @@ class UniformSampler(Sampler):
     """As many entities everywhere: the density is 1."""
 
     def density(self, field: Field) -> Tensor:
-        device = field.ids.device if isinstance(field, TextField) else field.values.device
-        return torch.ones(field.batch, *field.grid, device=device)
+        return torch.ones(field.batch, *field.grid, device=field.device)
 
 
 class AdaptiveSampler(Sampler):

@@ -101,7 +101,7 @@ def _seconds(run) -> float:
     return statistics.median(times)
 
 
-def _stepper(model: nn.Module, data: tuple[Tensor, Tensor], dtype: torch.dtype | None):
+def stepper(model: nn.Module, data: tuple[Tensor, Tensor], dtype: torch.dtype | None):
     """A function that makes one training step: forward, backward, clipping, AdamW."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -124,7 +124,7 @@ def peak_of_two_steps(kind: str, arguments: dict, batch_size: int, seq_len: int,
     data = create_dummy_data(arguments["vocab_size"], seq_len, batch_size, 2)
 
     def two_steps() -> None:
-        step = _stepper(model, data[0], None if dtype is None else getattr(torch, dtype))
+        step = stepper(model, data[0], None if dtype is None else getattr(torch, dtype))
         step()
         step()
 
@@ -163,7 +163,7 @@ def _column(kind: str, arguments: dict, batch_size: int, seq_len: int, dtype: to
             warnings.simplefilter("ignore")  # torch points to torchao; the page's call is this one
             small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
         column["inference tokens/s, int8"] = tokens / _forward_seconds(small, data[0])
-    column["training tokens/s"] = tokens / _seconds(_stepper(model, data, dtype))
+    column["training tokens/s"] = tokens / _seconds(stepper(model, data, dtype))
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     peak = _peak_elsewhere(kind, arguments, batch_size, seq_len, name)
     if peak is not None:

@@ -74,6 +74,14 @@ def reconstruction(run: Run, path: Path, columns: int = 6) -> None:
                     ax.scatter(right[seen], down[seen], s=20, c=colors, linewidths=0, marker="s")
 
 
+def write_picture(path: Path, values: torch.Tensor) -> None:
+    """``[H, W, c]`` in [0, 1], as they are; a spectrogram with time to the right and low frequencies below."""
+    from matplotlib.image import imsave
+
+    upright = values if values.shape[-1] == 3 else values.transpose(0, 1).flip(0)
+    imsave(path, upright.clamp(0, 1).expand(-1, -1, 3).contiguous().numpy())
+
+
 def _show(ax, values: torch.Tensor) -> None:
     values = values.clamp(0, 1)
     ax.imshow(values.expand(-1, -1, 3).numpy(), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest")

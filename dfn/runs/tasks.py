@@ -1,6 +1,6 @@
 """What `dfn train KIND` trains: for each kind its data, its model, its loss and what it is judged by.
 
-A kind of your own is a subclass of `Task` in the dict `KINDS`; docs/training.md has one of fifteen lines.
+A kind of your own is a subclass of `Task` in the dict `KINDS`; CONTRIBUTING.md has one of fifteen lines.
 """
 
 import functools

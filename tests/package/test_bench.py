@@ -86,10 +86,11 @@ def test_command(tmp_path, capsys):
     assert "| causal norm" in path.with_suffix(".md").read_text()
     assert main(["compare", str(path), str(path)]) == 0
     assert "1.00x" in capsys.readouterr().out
-    readme = tmp_path / "README.md"
-    readme.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
-    report.update_readme(path, readme)
-    assert "| causal norm" in readme.read_text() and "old" not in readme.read_text() and " after" in readme.read_text()
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
+    report.update_page(path, page)
+    assert "| causal norm" in page.read_text() and "old" not in page.read_text() and " after" in page.read_text()
+    assert all(report.PAGE.read_text().count(mark) == 1 for mark in report.PAGE_MARKS)
     with pytest.raises(SystemExit):
         main(["--only", "no such case"])
     assert report.markdown([]).startswith("| case")

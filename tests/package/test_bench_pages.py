@@ -48,9 +48,9 @@ def test_pages_are_those_of_their_json(path, tmp_path, capsys):
     assert {row["case"] for row in rows} <= {case.name for case in CASES}  # the keys that guard and others go by
 
 
-def test_the_table_in_readme_is_that_of_a_result():
-    readme = (ROOT / "README.md").read_text()
-    assert any(report.readme_table(path) in readme for path in RESULTS)
+def test_the_table_in_the_docs_is_that_of_a_result():
+    page = report.PAGE.read_text()
+    assert any(report.page_table(path) in page for path in RESULTS)
 
 
 def test_a_case_is_found_by_its_key_and_by_its_words():
