@@ -20,7 +20,7 @@ def draw(result: Path) -> Path:
     facts, path = loaded["machine"], result.with_suffix(".png")
     bars = speedups(rows)
     note = f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, PyTorch {facts['torch']}, {facts['date']}"
-    with picture(path, 11, 5.2 + 0.3 * max(len(bars), 4), "Our time beside the fastest other way", note) as fig:
+    with picture(path, 13.5, 5.2 + 0.3 * max(len(bars), 4), "Our time beside the fastest other way", note) as fig:
         top, bottom = fig.subplots(2, 1, height_ratios=(0.3 * max(len(bars), 4) + 0.4, 4))
         draw_speedups(top, bars)
         draw_roofline(bottom, rows, loaded["ceilings"])
@@ -37,7 +37,7 @@ def speedups(rows: list[Row]) -> list[tuple[float, str, str]]:
 
 
 def draw_speedups(ax, bars: list[tuple[float, str, str]]) -> None:
-    ax.set_title("How many times as fast as the best other way, which is named")
+    ax.set_title("Times as fast as the best other way, by name")
     bars = bars[::-1]  # the first case on top
     for height, (ratio, _, who) in enumerate(bars):
         ax.barh(height, ratio - 1, left=1, height=0.62, color=OURS if ratio >= 1 else VERMILLION)
