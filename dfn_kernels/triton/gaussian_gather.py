@@ -80,8 +80,9 @@ def _weights(
 
 @triton.jit
 def _write_zeros(ZEROS):
-    if tl.program_id(0) == 0:
-        tl.store(ZEROS + tl.arange(0, 256), tl.zeros((256,), ZEROS.dtype.element_ty))
+    if ZEROS is not None:
+        if tl.program_id(0) == 0:
+            tl.store(ZEROS + tl.arange(0, 256), tl.zeros((256,), ZEROS.dtype.element_ty))
 
 
 @triton.jit
@@ -113,8 +114,14 @@ def weights_kernel(
 @triton.jit
 def _rows(base, row, stride, there, ZEROS, x, channels):
     """Rows of base, zeros where there is none: a mask by rows would cost registers, and so loads on their way."""
-    start = tl.where(there, base + row.to(tl.int32).to(tl.int64) * stride, ZEROS)  # 32 bits times 32: one instruction
-    return tl.load(start[:, None] + x[None, :], mask=channels[None, :], other=0.0)
+    offset = row.to(tl.int32).to(tl.int64) * stride  # 32 bits times 32: one instruction
+    if ZEROS is None:
+        at = tl.where(there, offset, 0)[:, None] + x[None, :]
+        found = tl.load(base + at, mask=there[:, None] & channels[None, :], other=0.0)
+    else:
+        start = tl.where(there, base + offset, ZEROS)
+        found = tl.load(start[:, None] + x[None, :], mask=channels[None, :], other=0.0)
+    return found
 
 
 @triton.jit
@@ -150,6 +157,17 @@ def gather_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
+ROW_OF_ZEROS = not torch.version.hip  # whose compiler fails where one of two pointers is chosen; it gets a mask
+
+
+def row_of_zeros(like: Tensor) -> Tensor | None:
+    return like.new_empty(256) if ROW_OF_ZEROS else None
+
+
+def as_values(zeros: Tensor | None, values: Tensor) -> Tensor | None:
+    return None if zeros is None else zeros.view(values.dtype)
+
+
 # Every value that these functions give is compiled ahead of time by the tests.
 def tiles(c: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and channels of a program: whole rows up to 256 channels, 8 KiB in all."""
@@ -200,7 +218,7 @@ def edge_weights(
     """Weights [B, H, M, k], 0 where there is no neighbour; and a row of zeros, to be read where there is none."""
     B, H, N, D = positions.shape
     LH, M, k = indices.shape[1:]
-    weights, zeros = positions.new_empty(B, H, M, k), positions.new_empty(256)
+    weights, zeros = positions.new_empty(B, H, M, k), row_of_zeros(positions)
     if weights.numel():
         tile = edge_tiles(k)
         weights_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
@@ -225,7 +243,7 @@ def gaussian_gather(
     tile = gather_tiles(values)
     grid = (B * H * triton.cdiv(M, tile["BM"]) * triton.cdiv(c, tile["BC"]),)
     gather_kernel[grid](
-        values, indices, weights, zeros.view(values.dtype), query_order,
+        values, indices, weights, as_values(zeros, values), query_order,
         out,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(out),
         **tile, U=unrolled(k, values), num_warps=4, **gather_options(values),

@@ -22,8 +22,10 @@ from .gaussian_gather import (
     _width,
     _write_zeros,
     aligned,
+    as_values,
     edge_tiles,
     edge_weights,
+    row_of_zeros,
     row_strides,
     tiles,
     unrolled,
@@ -287,7 +289,7 @@ def _by_query(
         return positions.new_empty(B, H, M, k) if wanted & bit else None
 
     along, weights, slopes, parts = positions.new_empty(B, H, M, k), edges_if(4), edges_if(1), edges_if(16)
-    zeros = positions.new_empty(256)
+    zeros = row_of_zeros(positions)
     tile = dots_tiles(values, grad)
     dots_kernel[(B * H * triton.cdiv(M, tile["BM"]),)](
         values, indices, grad, query_order,
@@ -343,7 +345,7 @@ def _by_entity(
 
     rows = tile["rows"] // 4  # lists have different lengths: few rows wait for the longest
     entities_kernel[(triton.cdiv(N + pieces, rows) * blocks(tile["channels"]),)](
-        positions, queries, indices, sigma, grad, weights, slopes, parts, zeros.view(values.dtype),
+        positions, queries, indices, sigma, grad, weights, slopes, parts, as_values(zeros, values),
         starts, edges, entity_order,
         grad_values, grad_positions, grad_influence,
         parts_values, parts_positions, parts_influence,
@@ -380,7 +382,7 @@ def gaussian_gather_backward(
             sigma.new_zeros(B, H, N),
         )
         grads = [x if wanted >> i & 1 else None for i, x in enumerate(zeros)]
-    else:
+    elif wanted:
         weights, slopes, parts, zeros, grads[1], grads[3] = _by_query(
             grad, positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, wanted
         )

@@ -96,6 +96,7 @@ def cases(op: str, amd: bool) -> list[Case]:
             if amd:  # as if torch had been built for it when the launchers were imported
                 others = getattr(module, "AMD", {})
                 given = {name: others.get(name, x) for name, x in given.items() if name != "maxnreg"}
+                args = [others.get(name, x) for name, x in zip(kernel.arg_names, args, strict=False)]
             case = specialized(kernel, args, given, "gfx942" if amd else "sm_80", slow)
             found.setdefault(case.key(), case)
     return list(found.values())

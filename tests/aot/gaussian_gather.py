@@ -7,6 +7,7 @@ from dfn_kernels.triton import gather_plan as plan
 from dfn_kernels.triton import gaussian_gather as forward
 from dfn_kernels.triton import gaussian_gather_backward as backward
 
+AMD = {"ZEROS": None}
 CHANNELS = range(2, 1025)
 EDGES = range(1, 1025)  # of a query
 HALF, SINGLE = torch.bfloat16, torch.float32

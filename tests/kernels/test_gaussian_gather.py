@@ -153,6 +153,23 @@ def test_distances_of_a_search(backend, normalize):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="of the Triton kernels")
+def test_rows_that_are_not_there_by_a_mask(monkeypatch):
+    """What AMD's compiler is given in place of a row of zeros: the same bits, also of the gradients (triton)."""
+    kernels = pytest.importorskip("dfn_kernels.triton.gaussian_gather")
+    inputs = make(B=1, H=2, N=23, M=7, D=3, c=5, k=6)
+    runs = []
+    for row_of_zeros in (True, False):
+        monkeypatch.setattr(kernels, "ROW_OF_ZEROS", row_of_zeros)
+        copies = leaves(inputs)
+        with dfn_kernels.use_backend("triton"):
+            out = gaussian_gather(**copies)
+        out.square().sum().backward()
+        runs.append([out.detach(), *(x.grad for x in copies.values() if x.requires_grad)])
+    assert (inputs["indices"] < 0).any()
+    assert all(map(same_bits, *runs))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_identical_points_make_a_hub(backend):
     inputs = make(B=1, H=1, N=50, D=2, c=9, k=4, queries=False)
