@@ -197,8 +197,15 @@ def gather_tiles(x: Tensor) -> dict[str, int]:
 def gather_options(x: Tensor) -> dict[str, int]:
     """What keeps ptxas from spilling, as compiling has shown: nothing where rows of many channels are read at once."""
     if x.dtype == torch.float64 and aligned(x):
-        return NO_SPILLS and {"maxnreg": 255}
-    return {} if aligned(x) and x.shape[3] > 32 else NO_SPILLS
+        return limit(x.dtype)
+    if aligned(x) and x.shape[3] > 32:
+        return {} if x.shape[3] > 64 else NO_SPILLS and {"maxnreg": 168}
+    return NO_SPILLS
+
+
+def limit(dtype: torch.dtype) -> dict[str, int]:
+    """On registers, of the other kernels."""
+    return NO_SPILLS and {"maxnreg": 255 if dtype == torch.float64 else 128}
 
 
 def edge_tiles(k: int) -> dict[str, int]:
@@ -225,7 +232,7 @@ def edge_weights(
             positions, queries, indices, sq_dists, sigma, influence,
             weights, zeros,
             H, LH, N, M, D, k,
-            NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
+            NORMALIZE=normalize, **tile, num_warps=4, **limit(positions.dtype),
         )  # fmt: skip
     return weights, zeros
 

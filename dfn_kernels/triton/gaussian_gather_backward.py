@@ -25,6 +25,7 @@ from .gaussian_gather import (
     as_values,
     edge_tiles,
     edge_weights,
+    limit,
     row_of_zeros,
     row_strides,
     tiles,
@@ -295,7 +296,7 @@ def _by_query(
         values, indices, grad, query_order,
         along,
         H, LH, N, M, c, k, *row_strides(values), *row_strides(grad),
-        **tile, num_warps=4, **NO_SPILLS,
+        **tile, num_warps=4, **limit(values.dtype),
     )  # fmt: skip
     tile = edge_tiles(k)
     programs = triton.cdiv(M, tile["BM"])
@@ -305,7 +306,7 @@ def _by_query(
         positions, queries, indices, sq_dists, sigma, influence, along,
         weights, slopes, parts, grad_queries, grad_sigma, zeros,
         H, LH, N, M, D, k,
-        NORMALIZE=normalize, **tile, num_warps=4, **NO_SPILLS,
+        NORMALIZE=normalize, **tile, num_warps=4, **limit(positions.dtype),
     )  # fmt: skip
     return weights, slopes, parts, zeros, grad_queries, None if grad_sigma is None else grad_sigma.sum((0, 2))
 

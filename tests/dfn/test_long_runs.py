@@ -188,13 +188,13 @@ def test_divergence_in_an_evaluation_names_the_step_and_the_checkpoint(text, tmp
     def spoilt(self, model, batches=2):
         if spoilt.calls == 1:
             with torch.no_grad():
-                model.get_parameter("blocks.0.mlp.0.bias")[3] = torch.nan
+                model.get_parameter("blocks.0.mlp.up.weight")[3] = torch.nan
         spoilt.calls += 1
         return real(self, model, batches)
 
     spoilt.calls, real = 0, KINDS["text"].held_out_loss
     monkeypatch.setattr(KINDS["text"], "held_out_loss", spoilt)
-    said = r"the evaluation is not finite in step 4; first seen in blocks.0.mlp.0.bias; .* is .*step-00000002"
+    said = r"the evaluation is not finite in step 4; first seen in blocks.0.mlp.up.weight; .* is .*step-00000002"
     with pytest.raises(NonFiniteLoss, match=said):
         quiet(options(text, steps=4), tmp_path, every=2, evaluations=2)
 

@@ -170,13 +170,13 @@ def test_nan_names_step_layer_and_checkpoint(text, tmp_path, monkeypatch):
     def loss(self, model, batch):
         if loss.calls == 3:
             with torch.no_grad():
-                model.get_parameter("blocks.0.mlp.0.bias")[3] = torch.inf
+                model.get_parameter("blocks.0.mlp.up.weight")[3] = torch.inf
         loss.calls += 1
         return real(self, model, batch)
 
     loss.calls = 0
     monkeypatch.setattr(KINDS["text"], "loss", loss)
-    with pytest.raises(NonFiniteLoss, match=r"in step 3; first seen in blocks\.0\.mlp\.0\.bias; .*step-00000002"):
+    with pytest.raises(NonFiniteLoss, match=r"in step 3; first seen in blocks\.0\.mlp\.up\.weight; .*step-00000002"):
         quiet(o, tmp_path / "run", every=2)
     loss.calls = 3
     with pytest.raises(NonFiniteLoss, match="in step 0; .*; there is no checkpoint yet"):

@@ -120,7 +120,7 @@ def test_clipping():
     assert math.isclose(norm.item(), 0.25, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.mlp.2.weight", "blocks.0.attention.flow.weight", "head.bias"])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.out.weight", "blocks.0.attention.flow.weight", "head.weight"])
 def test_nan_is_named(name):
     """Also where it makes positions NaN, which the neighbour search refuses."""
     trainer = Trainer(tiny(), steps=9)
@@ -139,8 +139,8 @@ def test_overflow_is_named():
     """Every parameter is finite; a layer's output is not."""
     trainer = Trainer(tiny(), steps=9)
     with torch.no_grad():
-        trainer.model.blocks[1].mlp[2].weight.fill_(3e38)
-    with pytest.raises(NonFiniteLoss, match=r"first seen in blocks\.1\.mlp\.2"):
+        trainer.model.blocks[1].mlp.out.weight.fill_(3e38)
+    with pytest.raises(NonFiniteLoss, match=r"first seen in blocks\.1\.mlp\.out"):
         trainer.train_step(next(stream()))
 
 
