@@ -199,7 +199,7 @@ def gather_options(x: Tensor) -> dict[str, int]:
     if x.dtype == torch.float64 and aligned(x):
         return limit(x.dtype)
     if aligned(x) and x.shape[3] > 32:
-        return {} if x.shape[3] > 64 else NO_SPILLS and {"maxnreg": 168}
+        return NO_SPILLS and {"maxnreg": 168} if x.shape[3] <= 64 and x.itemsize == 2 else {}
     return NO_SPILLS
 
 
