@@ -22,13 +22,6 @@ pytestmark = [
 TINY = ["--dim", "16", "--layers", "1", "--k", "4", "--batch", "2", "--length", "16", "--threads", "1"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    return str(path)
-
-
 def dfn(*arguments):
     return cli.main([str(a) for a in arguments])
 

@@ -32,13 +32,6 @@ pytestmark = [
 TINY = dict(dim=16, layers=1, k=4, batch=4, warmup=2, threads=1, length=16)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    return str(path)
-
-
 def options(text, **more):
     return Options.of("text", **{**TINY, "data": text, **more})
 

@@ -37,13 +37,6 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def sounds(tmp_path_factory):
     import wave
 

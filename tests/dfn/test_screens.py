@@ -35,13 +35,6 @@ TINY = ["--dim", "16", "--layers", "1", "--k", "4", "--batch", "2", "--threads",
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a run"
     words = ["train", "text", "--data", text, "--out", str(out), "--steps", "1", "--length", "16", "--quiet"]
