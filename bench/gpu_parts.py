@@ -6,6 +6,7 @@ wrong, 77 if it cannot run here. Most take a device, so that the tests run them 
 
 import csv
 import io
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
-from .gpu_profile import profiled_cases, profiled_searches
+from .gpu_profile import crossover, profiled_cases, profiled_searches
 from .measure import run_case
 from .timing import captured, ceilings
 
@@ -371,6 +372,45 @@ def train_steps(build: Callable, N: int, device: str, autocast: bool) -> dict:
     return {"ms": ms, "tokens_per_second": N / ms * 1e3, "peak_mib": peak, "loss": loss.item(), "finite": finite}
 
 
+STEPS = {  # dim, layers, heads, rows, length
+    "0.5M": (128, 3, 4, 32, 256), "13M": (512, 6, 8, 4, 8192), "0.5M, long": (128, 3, 4, 1, 131_072),
+}  # fmt: skip
+
+
+def whole_steps(device: str = "cuda", shapes: dict[str, tuple[int, ...]] = STEPS) -> str:
+    """Training steps of language models, launched one by one and as one CUDA graph, beside Transformers as large."""
+    from dfn import DFNLanguageModel
+    from dfn.models.layers import count_parameters
+    from dfn.studies.rivals import rival
+    from dfn.training.trainer import Trainer
+
+    rows = []
+    for size, (dim, layers, heads, B, N) in shapes.items():
+        parameters = count_parameters(DFNLanguageModel(dim=dim, layers=layers, heads=heads))
+        build = {
+            "dfn": lambda d=dim, n=layers, h=heads: DFNLanguageModel(dim=d, layers=n, heads=h),
+            "transformer++": lambda p=parameters, n=N: rival("transformer++", p, n),
+        }
+        for name, graphed in itertools.product(build, (False, True) if device == "cuda" else (False,)):
+            torch.manual_seed(0)
+            model = build[name]().to(device)
+            trainer = Trainer(model, steps=1000, autocast=torch.bfloat16, cuda_graph=graphed)
+            ids = torch.randint(256, (B, N + 1), device=device)
+            batch = ids[:, :-1], ids[:, 1:]
+            times = []
+            for _ in range(14):
+                start = time.perf_counter()
+                trainer.train_step(batch)  # waits for the loss
+                times.append((time.perf_counter() - start) * 1e3)
+            row = {"model": name, "size": size, "parameters": count_parameters(model), "B": B, "N": N,
+                   "graph": graphed, "ms": statistics.median(times[5:])}  # fmt: skip
+            rows.append(row)
+            print(row, flush=True)
+            keep(rows)
+            del model, trainer
+    return ", ".join(f"{r['model']} {r['size']}{' graph' * r['graph']}: {r['ms']:.2f} ms" for r in rows)
+
+
 def benchmark(out: str, device: str = "cuda", small: bool = False) -> str:
     """The benchmark's cases in float32 and bfloat16, written after every case."""
     facts, limits = report.machine(), ceilings(device, small)
@@ -463,8 +503,10 @@ def parse_counters(text: str) -> list[dict]:
 
 PARTS = {
     "environment": environment, "walk": walk, "graphs": graphs, "determinism": determinism, "compile": compiled,
-    "models": models_agree, "sanitize": sanitize, "train": train, "benchmark": benchmark,
-    "profile": profiled_cases, "searches": profiled_searches, "profiled": profiled, "counters": counters,
+    "models": models_agree, "sanitize": sanitize, "train": train, "steps": whole_steps,
+    "benchmark": benchmark,
+    "profile": profiled_cases, "searches": profiled_searches, "crossover": crossover, "profiled": profiled,
+    "counters": counters,
 }  # fmt: skip
 
 

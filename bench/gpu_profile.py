@@ -5,7 +5,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import dfn_kernels as dk
 
 from .cases import CASES, Case
 from .timing import captured, time_ms
+from .walk_steps import points as point_set
 
 
 def busy(run: Callable[[], object], device: str) -> dict:
@@ -50,14 +51,18 @@ def graphed_ms(run: Callable[[], object]) -> float:
 
 
 def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] | None = None) -> str:
-    """Each case once more, forward and with its backward pass, in bfloat16 (a search in float32)."""
+    """Each case once more, forward and with its backward pass, in bfloat16 (a search in float32); float32 too where a
+    goal is set in it."""
     from .gpu_parts import Step, backends_of
 
     rows = []
-    for case in CASES if cases is None else cases:
+    for case, dtype in itertools.product(CASES if cases is None else cases, (torch.bfloat16, torch.float32)):
         if case.layer or case.op in ("low_rank_route", "field_sample"):
             continue
-        dtype = torch.float32 if case.op == "knn" else torch.bfloat16
+        if dtype == torch.float32 and case.op != "knn" and not any("float32" in goal for goal in case.goals):
+            continue
+        if dtype == torch.bfloat16 and case.op == "knn":
+            continue
         backend = backends_of(case.op, device)[0]
         step = Step(case, backend, dtype, device, case.small if small else case.sizes)
         for mode, run in {"forward": lambda s=step: no_grad(s.forward), "training": step}.items():
@@ -73,8 +78,9 @@ def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] 
                 except RuntimeError as error:
                     row["graph_error"] = str(error).splitlines()[0][:100]
             rows.append(row)
-            print(f"{case.name}, {mode}, {backend}: kernels {row['ms']:.3f} ms in {row['launches']} launches, "
-                  f"graph {row.get('graph_ms', 0) or 0:.3f} ms, host {row['host_us']:.0f} us", flush=True)  # fmt: skip
+            graph = row.get("graph_ms") or 0
+            print(f"{case.name}, {mode}, {row['dtype']}, {backend}: kernels {row['ms']:.3f} ms in {row['launches']} "
+                  f"launches, graph {graph:.3f} ms, host {row['host_us']:.0f} us", flush=True)  # fmt: skip
             for name, ms, count in row["kernels"][:5]:
                 print(f"    {ms:8.3f} ms {count:4d} x {name}", flush=True)
             if path := os.environ.get("DFN_SUITE_FACTS"):
@@ -82,33 +88,102 @@ def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] 
     return f"{len(rows)} profiled"
 
 
-def profiled_searches(
-    device: str = "cuda", sizes: tuple[int, ...] = (2048, 8192, 32_768, 131_072, 1_000_000), k: int = 16
-) -> str:
-    """Searches of every size: the time of a call, of each of its kernels, and how many launches it takes."""
-    rows = []
-    for N, D, causal in itertools.product(sizes, (2, 3), (False, True)):
-        positions = torch.rand(N, D, device=device)
+HOSTILE = ("clusters", "256 positions", "outliers", "diagonal", "narrow middle", "two rows")
 
-        def run(positions=positions, causal=causal):
+
+def searches(sizes: tuple[int, ...], largest: int) -> Iterator[dict]:
+    """What `profiled_searches` looks at: each size, then the largest with hostile sets and with other k."""
+    for N, D, causal in itertools.product((*sizes, largest), (2, 3), (False, True)):
+        yield {"set": "uniform", "N": N, "D": D, "k": 16, "causal": causal}
+    for name in HOSTILE:
+        yield {"set": name, "N": largest, "D": 3, "k": 16, "causal": False}
+    for k in (4, 64):
+        yield {"set": "uniform", "N": largest, "D": 3, "k": k, "causal": False}
+
+
+def profiled_searches(
+    device: str = "cuda", sizes: tuple[int, ...] = (2048, 8192, 32_768, 131_072), largest: int = 1_000_000
+) -> str:
+    """Searches of every size: time of a call and of each of its kernels, launches, and whether the result is right."""
+    rows, wrong = [], []
+    for search in searches(sizes, largest):
+        N, D, k, causal = (search[name] for name in ("N", "D", "k", "causal"))
+        torch.manual_seed(0)
+        positions = point_set(search["set"], N, D).to(device)
+
+        def run(positions=positions, k=k, causal=causal):
             return dk.knn(positions, k, causal=causal)
 
-        run()
-        row = {"N": N, "D": D, "causal": causal, "eager_ms": statistics.median(time_ms(run, device, 0.05))}
-        row |= busy(run, device)
+        found = run()
+        row = search | {"wrong": wrong_rows(positions, found, k, causal)}
+        row |= {"eager_ms": statistics.median(time_ms(run, device, 0.05))} | busy(run, device)
         if device == "cuda":
             row["graph_ms"] = graphed_ms(run)
         rows.append(row)
+        what = f"knn {search['set']} N={N} D={D} k={k}{', causal' if causal else ''}"
+        if row["wrong"]:
+            wrong.append(f"{what}: {row['wrong']} rows")
         print(
-            f"knn N={N} D={D} k={k}{', causal' if causal else ''}: {row['eager_ms']:.3f} ms, graph "
-            f"{row.get('graph_ms', 0):.3f} ms, kernels {row['ms']:.3f} ms in {row['launches']} launches",
+            f"{what}: {row['eager_ms']:.3f} ms, graph {row.get('graph_ms', 0):.3f} ms, kernels {row['ms']:.3f} ms in "
+            f"{row['launches']} launches, {row['wrong']} rows wrong",
             flush=True,
         )
         for name, ms, count in row["kernels"]:
             print(f"    {ms:8.3f} ms {count:4d} x {name}", flush=True)
         if path := os.environ.get("DFN_SUITE_FACTS"):
             Path(path).write_text(json.dumps(rows))
+    if wrong:
+        raise AssertionError("; ".join(wrong))
     return f"{len(rows)} searches"
+
+
+def wrong_rows(positions: torch.Tensor, found: dk.Neighbors, k: int, causal: bool, rows: int = 64) -> int:
+    """How many of some rows differ, in an index or a bit of a distance, from every pair compared here."""
+    N, D = positions.shape
+    count = 0
+    for i in torch.randint(N, (rows,), generator=torch.Generator().manual_seed(1)).tolist():
+        step = positions[: i + 1 if causal else N] - positions[i]
+        d = step[:, 0] * step[:, 0]
+        for a in range(1, D):
+            d = d + step[:, a] * step[:, a]
+        d, indices = d.sort(stable=True)
+        there = min(k, len(d))
+        same = found.indices[i, :there].equal(indices[:there]) and found.sq_dists[i, :there].equal(d[:there])
+        count += not (same and bool((found.indices[i, there:] == -1).all()))
+    return count
+
+
+def crossover(
+    device: str = "cuda",
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768),
+    batches: tuple[int, ...] = (1, 32),
+) -> str:
+    """Every pair beside the tree, from a graph: what `use_tree` decides."""
+    from dfn_kernels.triton.knn import brute, walk
+    from dfn_kernels.triton.knn import tree as trees
+
+    rows = []
+    for B, N, (D, k), causal in itertools.product(batches, sizes, ((2, 16), (3, 16), (3, 64), (6, 16)), (False, True)):
+        if B * N * N > 2**33 or D == 6 and causal:
+            continue
+        points = torch.rand(B, N, D, device=device)
+
+        def every_pair(points=points, k=k, causal=causal):
+            return brute.search(points, None, None, None, k, causal, True)
+
+        def by_tree(points=points, k=k, causal=causal):
+            tree = trees.build(points, None, causal)
+            return walk.search(points, tree.rows, tree.seats, None, None, tree, k, causal, True)
+
+        row = {"B": B, "N": N, "D": D, "k": k, "causal": causal}
+        for name, run in (("every pair", every_pair), ("tree", by_tree)):
+            run()
+            row[name] = graphed_ms(run) if device == "cuda" else statistics.median(time_ms(run, device, 0.0))
+        rows.append(row)
+        print(row, flush=True)
+        if path := os.environ.get("DFN_SUITE_FACTS"):
+            Path(path).write_text(json.dumps(rows))
+    return f"{len(rows)} compared"
 
 
 def no_grad(run: Callable[[], object]) -> object:

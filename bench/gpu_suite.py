@@ -91,10 +91,12 @@ def all_parts(out: Path) -> list[Part]:
             parts.append(Part(name, command, 200, skip_codes=(SKIPPED, 5)))  # 5: nothing to run
     absent = None if counters else "ncu is not installed"
     return parts + [
+        Part("steps", own("steps"), 60, "train", alone=True),
         Part("train", own("train"), 120, "train", alone=True),
         Part("benchmark", own("benchmark", str(out)), 280, "benchmark", alone=True),
         Part("profile", own("profile"), 150, "profile", alone=True),
         Part("searches", own("searches"), 60, "profile", alone=True),
+        Part("crossover", own("crossover"), 60, "profile", alone=True),
         Part("host cost", (sys.executable, "-m", "bench.host_cost"), 60, "profile", alone=True),
         Part("counters", own("counters", str(counters)), 60, "counters", alone=True, missing=absent),
     ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import INTERPRETED
 
+import dfn_kernels
 from bench import gpu_build, gpu_parts, gpu_profile, gpu_suite
 from bench.cases import CASES
 from bench.gpu_suite import NO_GPU, Outcome, Part, Report, run_all, run_part
@@ -227,6 +228,10 @@ def test_train():
     assert "DFNLanguageModel 48: " in gpu_parts.train("cpu", lengths=(48,), small=True)
 
 
+def test_whole_steps():
+    assert "transformer++ tiny: " in gpu_parts.whole_steps("cpu", {"tiny": (32, 1, 2, 2, 37)})
+
+
 def test_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts, "CASES", [case for case in CASES if case.op == "flow_norm"])
     assert "rows" in gpu_parts.benchmark(str(tmp_path), "cpu", small=True)
@@ -245,11 +250,21 @@ def test_profile(tmp_path, monkeypatch):
 
 def test_profile_of_searches(tmp_path, monkeypatch):
     monkeypatch.setenv("DFN_SUITE_FACTS", str(tmp_path / "facts.json"))
-    assert gpu_profile.profiled_searches("cpu", sizes=(47, 83), k=3) == "8 searches"
+    assert gpu_profile.profiled_searches("cpu", sizes=(47,), largest=483) == "16 searches"
     rows = json.loads((tmp_path / "facts.json").read_text())
-    assert {(row["N"], row["D"], row["causal"]) for row in rows} == {(n, D, c) for n in (47, 83) for D in (2, 3)
+    assert {(row["N"], row["D"], row["causal"]) for row in rows} == {(n, D, c) for n in (47, 483) for D in (2, 3)
                                                                     for c in (False, True)}  # fmt: skip
+    assert {row["set"] for row in rows} == {"uniform", *gpu_profile.HOSTILE} and {row["wrong"] for row in rows} == {0}
     assert all(row["launches"] > 0 and row["ms"] > 0 and row["kernels"] for row in rows)
+
+
+@pytest.mark.parametrize("spoil", [lambda f: f.indices[:, -1].add_(1), lambda f: f.sq_dists[:, 0].add_(1e-45)])
+def test_profile_of_searches_sees_wrong_rows(spoil):
+    x = torch.rand(101, 3)
+    found = dfn_kernels.knn(x, 5, causal=True)
+    assert gpu_profile.wrong_rows(x, found, 5, True) == 0
+    spoil(found)
+    assert gpu_profile.wrong_rows(x, found, 5, True) == 64
 
 
 @pytest.mark.slow
