@@ -107,8 +107,10 @@ def compare_lists(emulator: Emulator, B=2, H=2, N=23, M=37, k=3, crowd=0, order=
     indices = torch.randint(-2, N + 1, (B, H, M, k))  # -2 and N: what does not exist is left out
     indices[..., :crowd] = N // 2
     with emulated(emulator, order=order):
-        starts, edges = torch.ops.dfn.transpose_neighbors(indices, indices.new_empty(B, H, M).int(),
-                                                          indices.new_empty(B, H, N).int(), "native")  # fmt: skip
+        query_order = torch.rand(B, H, M).argsort().int()
+        starts, edges = torch.ops.dfn.transpose_neighbors(
+            indices, query_order, indices.new_empty(B, H, N).int(), "native"
+        )
     flat, longest = edges.flatten(), 0
     assert starts[0] == 0
     for number, targets in enumerate(indices.view(B * H, M * k)):

@@ -36,7 +36,7 @@ Problem describe(const Tensor& positions, const Tensor& queries, const Tensor& v
   g.B = positions.size(0), g.H = positions.size(1), g.N = positions.size(2), g.D = positions.size(3);
   g.list_heads = indices.size(1), g.M = indices.size(2), g.k = indices.size(3), g.c = values.size(3);
   STD_TORCH_CHECK(g.list_heads == g.H || g.list_heads == 1, "indices: expected one list for each head, or one for all");
-  STD_TORCH_CHECK(g.N <= kInt && g.M <= kInt && g.c <= kInt && g.k <= 1 << 20, "gaussian_gather: a size is above 2^31 - 1");
+  STD_TORCH_CHECK(g.N <= kInt && g.M <= kInt && g.c <= kInt && g.k <= 1 << 20 && g.D <= 1 << 20, "gaussian_gather: a size is above 2^31 - 1");
   check_dense(positions, "positions", real, {g.B, g.H, g.N, g.D});
   check_dense(queries, "queries", real, {g.B, g.H, g.M, g.D});
   check_dense(indices, "indices", ScalarType::Long, {g.B, g.list_heads, g.M, g.k});
@@ -67,7 +67,7 @@ Tensor forward_op(const Tensor& positions, const Tensor& queries, const Tensor& 
   Problem g = describe(positions, queries, values, indices, sigma, influence, sq_dists, query_order, normalize, device);
   Tensor out = empty_rows(values, g.B, g.H, g.M, g.c);
   if (out.numel() == 0) return out;
-  if (g.k == 0) return torch::stable::zero_(out);
+  if (g.k * g.N == 0) return torch::stable::zero_(out);
   g.out = rows_of(out, "out");
   forward(g);
   return out;
@@ -139,8 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_op(
 
 // ---- what calls with the same neighbours share ----------------------------------------------------------------------
 // For each of [B, lists] lists of `things` targets: starts, and edges of the shape of targets. Their layout: Problem.
-std::tuple<Tensor, Tensor> listed(const Tensor& targets, int64_t places, const OnDevice& device) {
+std::tuple<Tensor, Tensor> listed(const Tensor& targets, int64_t places, const int32_t* order, const OnDevice& device) {
   Lists g = {};
+  g.order = order, g.per = targets.dim() == 4 ? targets.size(3) : 1;
   g.lists = targets.size(0) * targets.size(1), g.places = places;
   g.things = targets.dim() == 4 ? targets.size(2) * targets.size(3) : targets.size(2);
   g.wide = is_wide(g.lists * g.things);
@@ -157,11 +158,12 @@ std::tuple<Tensor, Tensor> listed(const Tensor& targets, int64_t places, const O
   return {starts, edges};
 }
 
-std::tuple<Tensor, Tensor> lists_op(const Tensor& indices, int64_t N) {
+std::tuple<Tensor, Tensor> lists_op(const Tensor& indices, int64_t N, const std::optional<Tensor>& query_order) {
   const OnDevice device(indices);
   STD_TORCH_CHECK(indices.dim() == 4 && N >= 0 && N <= kInt, "indices: expected 4 dimensions");
   check_dense(indices, "indices", ScalarType::Long, {indices.size(0), indices.size(1), indices.size(2), indices.size(3)});
-  return listed(indices, N, device);
+  if (query_order) check_dense(*query_order, "query_order", ScalarType::Int, {indices.size(0), indices.size(1), indices.size(2)});
+  return listed(indices, N, query_order ? static_cast<const int32_t*>(query_order->data_ptr()) : nullptr, device);
 }
 
 // points [B, lists, n, D] -> [B, lists, n] int32
@@ -181,7 +183,7 @@ Tensor order_op(const Tensor& points) {
   g.points = points.data_ptr(), g.bounds = static_cast<double*>(bounds.data_ptr());
   g.cells = static_cast<int32_t*>(cells.data_ptr()), g.stream = device.stream();
   find_cells(g);
-  return std::get<1>(listed(cells, int64_t{1} << (g.bits * dims), device));
+  return std::get<1>(listed(cells, int64_t{1} << (g.bits * dims), nullptr, device));
 }
 
 }  // namespace
@@ -193,7 +195,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfn_cuda, m) {
   m.def("gaussian_gather_backward(Tensor grad, Tensor positions, Tensor queries, Tensor values, Tensor indices, Tensor sigma, "
         "Tensor? influence, Tensor? sq_dists, Tensor? query_order, Tensor? entity_order, Tensor? starts, Tensor? edges, "
         "bool normalize, int wanted, int hub) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("gather_lists(Tensor indices, int N) -> (Tensor, Tensor)");
+  m.def("gather_lists(Tensor indices, int N, Tensor? query_order) -> (Tensor, Tensor)");
   m.def("gather_order(Tensor points) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(dfn_cuda, DFN_DEVICE, m) {

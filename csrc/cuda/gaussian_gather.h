@@ -65,6 +65,8 @@ struct Lists {
   bool wide;
   const void* targets;  // [lists, things]: the place of a thing; outside of [0, places): none. int64, or
   bool narrow_targets;  // int32
+  const int32_t* order;  // [lists, things / per]: in which order to visit rows of `per` things, or null; nothing depends on it
+  int64_t per;
   void* counts;         // [lists * places], zero
   void* tiles;          // [2, scan_tiles()]
   void* starts;         // [lists * places + 2]

@@ -1,13 +1,10 @@
 // Gaussian gather, backward by entity: one walk over the edges that point to it gives the gradients of its value, position
 // and influence. The list of a hub (many points in one place) is cut into pieces of `hub` edges, which are served like
-// entities and leave their sums in `parts`; hubs_kernel adds those up in their order. Compiled, run in the tests' emulator,
-// not yet run on a GPU; the prototype of entities_kernel was.
+// entities and leave their sums in `parts`; hubs_kernel adds those up in their order.
 #include "cuda/gaussian_gather_rows.h"
 
 namespace dfn::gather {
 namespace {
-
-constexpr int kFewDims = 3;  // whose sums a lane keeps in registers
 
 __device__ inline int64_t at(const void* numbers, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
@@ -49,100 +46,117 @@ __device__ inline Run piece_of(const Problem& g, int64_t list, int64_t piece) {
   return {low, base + (begin > from ? begin : from), base + (end < to ? end : to), begin >= from};
 }
 
-// ManyDims: more than a lane keeps sums of.
-template <class V, int E, bool ManyDims>
-__global__ void __launch_bounds__(32 * kWarps, ManyDims || E == 4 ? 2 : 3)
+// The most that a group of the warp has.
+__device__ __forceinline__ int most_of_groups(int x, int lanes) {
+#pragma unroll
+  for (int step = 16; step >= 4; step /= 2) {
+    const int other = __shfl_xor_sync(kAll, x, step);
+    if (step >= lanes && other > x) x = other;
+  }
+  return x;
+}
+
+// A lane looks up S edges at a time. ManyDims: more than a lane keeps sums of.
+template <class V, int E, int S, bool ManyDims>
+__global__ void __launch_bounds__(32 * kWarps, ManyDims || sizeof(V) == 8 || (E == 4 && S == 4) ? 2 : 3)
     entities_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % t.lanes, own = lane / t.lanes, groups = 32 / t.lanes;
-  const int group = static_cast<int>(blockIdx.x / t.blocks);
-  const int64_t list = group / g.H * g.list_heads + group % g.H % g.list_heads;
-  const int64_t turn = (blockIdx.x % t.blocks * kWarps + warp) * groups + own;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane & (t.lanes - 1), own = lane >> t.lane_bits;
+  const int c = static_cast<int>(g.c), D = static_cast<int>(g.D), hub = static_cast<int>(g.hub), share = S * t.lanes;
+  const Group group(g, blockIdx.x / t.blocks);
+  const unsigned turn = ((blockIdx.x - group.number * t.blocks) * kWarps + warp) * (32 >> t.lane_bits) + own;
   Edge<A>* edges = reinterpret_cast<Edge<A>*>(ptx::shared_memory() + warp * t.warp_bytes);
-  A* slopes = reinterpret_cast<A*>(edges + groups * t.stride) + own * t.stride;
+  A* slopes = reinterpret_cast<A*>(edges + (32 >> t.lane_bits) * t.stride) + own * t.stride;  // with ManyDims
   edges += own * t.stride;
 
   Run run;
   const int piece = turn < g.pieces ? static_cast<int>(turn) : -1;
   if (piece >= 0) {
-    if (has_hubs(g)) run = piece_of(g, list, turn);
+    if (has_hubs(g)) run = piece_of(g, group.list, turn);
   } else if (turn < g.pieces + g.N) {
     const int n = static_cast<int>(turn - g.pieces);
-    run = all_of(g, list, g.entity_order ? g.entity_order[list * g.N + n] : n);
-    if (run.end - run.begin > g.hub) run = {};
+    run = all_of(g, group.list, g.entity_order ? g.entity_order[group.list * g.N + n] : n);
+    if (run.end - run.begin > hub) run = {};
   }
   const bool moves = g.grad_positions || g.grad_influence;
-  const Slope<A>* edge_slopes = as<const Slope<A>>(g.slopes) + int64_t{group} * g.M * g.k;
-  const A* queries = as<const A>(g.queries) + int64_t{group} * g.M * g.D;
-  const int64_t row = int64_t{group} * g.N + (run.n < 0 ? 0 : run.n);
+  const Slope<A>* edge_slopes = as<const Slope<A>>(g.slopes) + group.number * g.M * g.k;
+  const A* queries = as<const A>(g.queries) + group.number * g.M * g.D;
+  const int64_t row = group.number * g.N + (run.n < 0 ? 0 : run.n);
   const A* position = as<const A>(g.positions) + row * g.D;
+  A here[kFewDims] = {};
+#pragma unroll
+  for (int a = 0; !ManyDims && a < kFewDims; ++a)
+    if (g.grad_positions && a < D) here[a] = position[a];
   // Not before they are wanted: registers are few.
-  const auto part = [&] { return as<A>(g.parts) + (int64_t{group} * g.pieces + piece) * (g.c + g.D + 1); };
+  const auto part = [&] { return as<A>(g.parts) + (group.number * g.pieces + piece) * (g.c + g.D + 1); };
   const auto grad_position = [&] { return piece >= 0 ? part() + g.c : as<A>(g.grad_positions) + row * g.D; };
   const auto influence = [&] {  // whom nobody lists may hold NaN
     return piece >= 0 || !g.influence || run.begin == run.end ? A(1) : as<const A>(g.influence)[row];
   };
   const int length = static_cast<int>(run.end - run.begin);  // at most `hub`
-  int longest = length;
-  for (int step = t.lanes; step < 32; step *= 2) {
-    const int other = __shfl_xor_sync(kAll, longest, step);
-    longest = other > longest ? other : longest;
-  }
+  const int longest = most_of_groups(length, t.lanes);
+  const char* grads = group.rows<V>(g.grad);
   A grad_near[kFewDims] = {}, grad_influence = 0;
-  for (int c0 = 0; c0 == 0 || (g.grad_values.data && c0 < g.c); c0 += t.lanes * E) {
-    const bool live = c0 + l * E < g.c;
-    const int channel = live ? c0 + l * E : 0;
-    const char* rows = unit_of<V>(g.grad, group, g.H, channel);
-    const uint32_t row_bytes = static_cast<uint32_t>(g.grad.sN * sizeof(V));
+  for (int c0 = 0; c0 == 0 || (g.grad_values.data && c0 < c); c0 += t.lanes * E) {
+    const bool live = c0 + l * E < c;
+    const char* rows = ptx::as_one(grads + (live ? c0 + l * E : c - E) * int{sizeof(V)});  // beyond the end: read along
     A acc[E] = {};
-    for (int start = 0; start < longest; start += t.lanes) {
-      Edge<A> edge = {0, -1};
-      A slope = 0;
-      if (start + l < length) {
-        const int64_t number = at(g.edges, g.wide, run.begin + start + l);
-        edge.row = g.wide ? static_cast<int>(number / g.k) : static_cast<int>(static_cast<uint32_t>(number) / static_cast<uint32_t>(g.k));
-        const Slope<A> known = edge_slopes[number];
-        edge.weight = known.weight, slope = known.slope;
-        if (moves && c0 == 0) {
-          grad_influence += slope;
-          if (!ManyDims && g.grad_positions) {
-            const A* q = queries + edge.row * g.D;
+    for (int start = 0; start < longest; start += share) {
+      // All numbers of edges, then all that is known of them, before any of it is used.
+      int64_t number[S];
+      Slope<A> known[S];
+      int from[S];
+      A near[S][kFewDims] = {};
 #pragma unroll
-            for (int a = 0; a < kFewDims; ++a)
-              if (a < g.D && slope != 0) grad_near[a] += slope * (q[a] - position[a]);  // one too far may be infinitely so
-          }
-        }
+      for (int i = 0; i < S; ++i) {
+        const int s = start + i * t.lanes + l;
+        number[i] = s < length ? at(g.edges, g.wide, run.begin + s) : -1;
       }
-      edges[l] = edge, slopes[l] = slope;
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        known[i] = {0, 0}, from[i] = -1;
+        if (number[i] < 0) continue;
+        known[i] = edge_slopes[number[i]];
+        from[i] = static_cast<int>(g.wide ? number[i] / g.k : t.by_k.of(static_cast<uint32_t>(number[i])));
+        const A* q = row_of(queries, from[i], t.point_bytes);
+#pragma unroll
+        for (int a = 0; !ManyDims && a < kFewDims; ++a)
+          if (g.grad_positions && c0 == 0 && a < D) near[i][a] = q[a];
+      }
       __syncwarp();
-      const int left = length - start, count = left < 0 ? 0 : left < t.lanes ? left : t.lanes;
-      if (g.grad_values.data) {
-        int most = count, least = count;
-        for (int step = t.lanes; step < 32; step *= 2) {
-          const int other = __shfl_xor_sync(kAll, most, step), few = __shfl_xor_sync(kAll, least, step);
-          most = other > most ? other : most, least = few < least ? few : least;
-        }
-        add_all_rows<V, E>(acc, edges, most, least, rows, row_bytes);
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        edges[i * t.lanes + l] = {known[i].weight, from[i]};
+        if (ManyDims) slopes[i * t.lanes + l] = known[i].slope;
+        if (!moves || c0 > 0) continue;
+        grad_influence += known[i].slope;
+#pragma unroll
+        for (int a = 0; !ManyDims && a < kFewDims; ++a)
+          if (known[i].slope != 0) grad_near[a] += known[i].slope * (near[i][a] - here[a]);  // one too far may be infinitely so
       }
+      __syncwarp();
+      const int left = length - start, count = left < 0 ? 0 : left < share ? left : share;
+      if (g.grad_values.data)
+        add_all_rows<V, E>(acc, edges, most_of_groups(count, t.lanes), -most_of_groups(-count, t.lanes), rows, t.grad_bytes);
       if (ManyDims && g.grad_positions && c0 == 0)  // a lane for each dimension
-        for (int64_t a = l; a < g.D && run.n >= 0; a += t.lanes) {
+        for (int a = l; a < D && run.n >= 0; a += t.lanes) {
           A sum = start > 0 ? grad_position()[a] : A(0);
           for (int s = 0; s < count; ++s)
-            if (slopes[s] != 0) sum += slopes[s] * (queries[edges[s].row * g.D + a] - position[a]);
+            if (slopes[s] != 0) sum += slopes[s] * (row_of(queries, edges[s].row, t.point_bytes)[a] - position[a]);
           grad_position()[a] = sum;
         }
-      __syncwarp();
     }
     if (run.n < 0 || !live || !g.grad_values.data) continue;
     const A factor = influence();
 #pragma unroll
     for (int i = 0; i < E; ++i) {
       if (piece >= 0)
-        part()[channel + i] = acc[i];
+        part()[c0 + l * E + i] = acc[i];
       else
         acc[i] *= factor;
     }
-    if (piece < 0) Unit<V, E>::store(unit_of<V>(g.grad_values, group, g.H, channel) + run.n * g.grad_values.sN * int{sizeof(V)}, acc);
+    if (piece < 0)
+      Unit<V, E>::store(row_of(group.rows<V>(g.grad_values), run.n, t.grad_value_bytes) + (c0 + l * E) * int{sizeof(V)}, acc);
   }
 
   if (!moves) return;
@@ -150,14 +164,14 @@ __global__ void __launch_bounds__(32 * kWarps, ManyDims || E == 4 ? 2 : 3)
 #pragma unroll
   for (int a = 0; !ManyDims && a < kFewDims; ++a) grad_near[a] = sum_over(grad_near[a], t.lanes);
   if (run.n < 0) return;
-  const A sigma = width_of(as<const A>(g.sigma)[group % g.H]), scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
+  const A sigma = width_of(as<const A>(g.sigma)[group.h]), scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
   if (ManyDims) {
-    for (int64_t a = l; g.grad_positions && a < g.D; a += t.lanes)
+    for (int a = l; g.grad_positions && a < D; a += t.lanes)
       grad_position()[a] = longest == 0 ? A(0) : grad_position()[a] * scale;
   } else if (g.grad_positions && l == 0) {
 #pragma unroll
     for (int a = 0; a < kFewDims; ++a)
-      if (a < g.D) grad_position()[a] = grad_near[a] * scale;
+      if (a < D) grad_position()[a] = grad_near[a] * scale;
   }
   if (l > 0) return;
   if (piece >= 0)
@@ -175,25 +189,25 @@ __global__ void __launch_bounds__(kHubThreads) hubs_kernel(const __grid_constant
   if (!has_hubs(g)) return;
   const int64_t room = g.c + g.D + 1;
   for (int64_t number = blockIdx.x; number < g.B * g.H * g.pieces; number += gridDim.x) {
-    const int64_t group = number / g.pieces, first = number % g.pieces;
-    const int64_t list = group / g.H * g.list_heads + group % g.H % g.list_heads;
-    const Run run = piece_of(g, list, first);
+    const Group group(g, static_cast<unsigned>(number / g.pieces));
+    const int64_t first = number % g.pieces;
+    const Run run = piece_of(g, group.list, first);
     if (run.n < 0 || !run.head) continue;
-    const int64_t end = all_of(g, list, run.n).end - at(g.starts, g.wide, list * g.N);
-    const A* parts = as<const A>(g.parts) + group * g.pieces * room;
-    const A influence = g.influence ? as<const A>(g.influence)[group * g.N + run.n] : A(1);
-    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
+    const int64_t end = all_of(g, group.list, run.n).end - at(g.starts, g.wide, int64_t{group.list} * g.N);
+    const A* parts = as<const A>(g.parts) + group.number * g.pieces * room;
+    const A influence = g.influence ? as<const A>(g.influence)[group.number * g.N + run.n] : A(1);
+    const A sigma = width_of(as<const A>(g.sigma)[group.h]);
     for (int64_t x = threadIdx.x; x < room; x += kHubThreads) {
       const bool value = x < g.c, position = !value && x < g.c + g.D;
       if (value ? !g.grad_values.data : position ? !g.grad_positions : !g.grad_influence) continue;
       A sum = parts[first * room + x];
       for (int64_t next = first / 2 + 1; next * g.hub < end; ++next) sum += parts[2 * next * room + x];
       if (value)
-        narrow(sum * influence, *reinterpret_cast<V*>(unit_of<V>(g.grad_values, group, g.H, x) + run.n * g.grad_values.sN * int{sizeof(V)}));
+        narrow(sum * influence, reinterpret_cast<V*>(group.rows<V>(g.grad_values))[run.n * g.grad_values.sN + x]);
       else if (position)
-        as<A>(g.grad_positions)[(group * g.N + run.n) * g.D + x - g.c] = sum * (influence / (sigma * sigma));
+        as<A>(g.grad_positions)[(group.number * g.N + run.n) * g.D + x - g.c] = sum * (influence / (sigma * sigma));
       else
-        as<A>(g.grad_influence)[group * g.N + run.n] = sum;
+        as<A>(g.grad_influence)[group.number * g.N + run.n] = sum;
     }
   }
 }
@@ -205,14 +219,18 @@ void backward_entities(const Problem& g) {
     using V = decltype(v);
     using A = Real<V>;
     constexpr int E = decltype(elements)::value;
-    Shape t = {};
-    t.lanes = power_of_two((g.c + E - 1) / E, 4, 32);
-    t.stride = t.lanes + 1;
+    Shape t = with_strides<V>(g);
+    t.lanes = power_of_two((g.c + E - 1) / E, 4, 32), t.lane_bits = logarithm(t.lanes);
     const int groups = 32 / t.lanes;
-    t.warp_bytes = (groups * t.stride * static_cast<int>(sizeof(Edge<A>) + sizeof(A)) + 15) / 16 * 16;
-    t.blocks = (g.N + g.pieces + kWarps * groups - 1) / (kWarps * groups);
-    launch("gaussian_gather", g.D > kFewDims ? entities_kernel<V, E, true> : entities_kernel<V, E, false>,
-           Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    for_share(groups, [&](auto share) {
+      constexpr int S = decltype(share)::value;
+      t.stride = t.lanes * S + 2;
+      const int slopes = g.D > kFewDims ? sizeof(A) : 0;
+      t.warp_bytes = (groups * t.stride * (static_cast<int>(sizeof(Edge<A>)) + slopes) + 15) / 16 * 16;
+      t.blocks = static_cast<unsigned>((g.N + g.pieces + kWarps * groups - 1) / (kWarps * groups));
+      launch("gaussian_gather", g.D > kFewDims ? entities_kernel<V, E, S, true> : entities_kernel<V, E, S, false>,
+             Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    });
     const int64_t all = g.B * g.H * g.pieces, most = int64_t{8} * multiprocessors();
     if (all > 0) launch("gaussian_gather", hubs_kernel<V>,
                         Grid{all < most ? all : most, kHubThreads, 0, g.stream}, g);

@@ -1,48 +1,51 @@
-// Gaussian gather, forward. How a warp works: gaussian_gather_rows.h. Compiled, run in the tests' emulator, not yet run on
-// a GPU; its prototype (one dtype, D = 3, k = 16) was.
+// Gaussian gather, forward. How a warp works: gaussian_gather_rows.h.
 #include "cuda/gaussian_gather_rows.h"
 
 namespace dfn::gather {
 namespace {
 
 // Chunked: a query has more neighbours than there are slots, so weights are made where they are used.
-template <class V, int E, bool Chunked>
-__global__ void __launch_bounds__(32 * kWarps, Chunked ? 2 : E == 4 ? 3 : 4)
+template <class V, int E, int S, bool Chunked>
+__global__ void __launch_bounds__(32 * kWarps, Chunked ? 2 : sizeof(V) == 8 ? 3 : 4)
     forward_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t group = blockIdx.x / t.blocks;
-  const int64_t first = (blockIdx.x % t.blocks * kWarps + warp) * t.queries;
+  const Group group(g, blockIdx.x / t.blocks);
+  const unsigned block = blockIdx.x - group.number * t.blocks;
   Edge<A>* edges = reinterpret_cast<Edge<A>*>(ptx::shared_memory() + warp * t.warp_bytes);
-  A* factors = reinterpret_cast<A*>(edges + t.queries * t.stride);
-  int* numbers = reinterpret_cast<int*>(factors + t.queries);
+  Query<A, S> query(g, t, group, lane & (t.width - 1), edges + (lane >> t.width_bits) * t.stride);
+  const int own = lane & (t.lanes - 1), groups = 32 >> t.lane_bits, c = static_cast<int>(g.c), k = static_cast<int>(g.k);
+  // A lane beyond the end of a row reads along, the row's last unit.
+  const auto channel_of = [&](int c0) { return c0 + own * E < c ? c0 + own * E : c - E; };
+  const char* values = group.rows<V>(g.values);
+  const char* first_rows = ptx::as_one(values + channel_of(0) * int{sizeof(V)});
+  char* out = group.rows<V>(g.out) + own * E * int{sizeof(V)};
+  query.prepare(block * t.turns * kWarps + warp);
+  for (int turn = 0; turn < t.turns; ++turn) {
+    if (!query.take((block * t.turns + turn) * kWarps + warp)) return;
+    bool all = false;
+    if (!Chunked) all = query.stage(0, true);
+    if (Chunked && g.normalize) query.look_through();
+    const A factor = query.factor();
 
-  const int mine = lane / t.width;
-  Query<A> query(g, group, first + mine, lane % t.width, t.width, edges + mine * t.stride);
-  bool all = false;
-  if (!Chunked) all = query.stage(t, 0, true);
-  if (Chunked && g.normalize) query.look_through(t);
-  if (query.lane == 0) factors[mine] = query.factor(), numbers[mine] = query.m;
-  __syncwarp();
-
-  const uint32_t row_bytes = static_cast<uint32_t>(g.values.sN * sizeof(V));
-  const int l = lane % t.lanes, groups = 32 / t.lanes;
-  for (int served = lane / t.lanes; served < t.queries; served += groups) {
-    const int m = numbers[served];
-    for (int64_t c0 = 0; c0 < g.c; c0 += t.lanes * E) {
-      const bool live = c0 + l * E < g.c;
-      const int64_t channel = live ? c0 + l * E : 0;  // lanes beyond a row's end read along
-      const char* rows = unit_of<V>(g.values, group, g.H, channel);
-      A acc[E] = {};
-      for (int chunk = 0; chunk < (Chunked ? t.chunks : 1); ++chunk) {
-        if (Chunked) all = query.stage(t, chunk, true);
-        const int left = static_cast<int>(g.k) - chunk * t.slots, count = left < t.slots ? left : t.slots;
-        add_all_rows<V, E>(acc, edges + served * t.stride, count, all ? count : 0, rows, row_bytes);
-      }
-      const A factor = factors[served];
+    for (int served = lane >> t.lane_bits; served < t.queries; served += groups) {
+      const int m = __shfl_sync(kAll, query.m, served << t.width_bits);
+      const A scale = __shfl_sync(kAll, factor, served << t.width_bits);
+      const char* rows = first_rows;
+      for (int c0 = 0;;) {
+        A acc[E] = {};
+        for (int chunk = 0; chunk < (Chunked ? t.chunks : 1); ++chunk) {
+          if (Chunked) all = query.stage(chunk, true);
+          const int left = k - chunk * t.slots, count = Chunked && left > t.slots ? t.slots : left;
+          add_all_rows<V, E>(acc, edges + served * t.stride, count, all ? count : 0, rows, t.value_bytes);
+        }
 #pragma unroll
-      for (int i = 0; i < E; ++i) acc[i] *= factor;
-      if (m >= 0 && live) Unit<V, E>::store(unit_of<V>(g.out, group, g.H, channel) + m * g.out.sN * sizeof(V), acc);
+        for (int i = 0; i < E; ++i) acc[i] *= scale;
+        if (m >= 0 && c0 + own * E < c) Unit<V, E>::store(row_of(out + c0 * int{sizeof(V)}, m, t.out_bytes), acc);
+        c0 += t.lanes * E;
+        if (c0 >= c) break;
+        rows = ptx::as_one(values + channel_of(c0) * int{sizeof(V)});
+      }
     }
   }
 }
@@ -62,11 +65,13 @@ bool by_units(const Problem& g) {
 void forward(const Problem& g) {
   for_dtype(g, [&](auto v, auto elements) {
     using V = decltype(v);
-    using A = Real<V>;
     constexpr int E = decltype(elements)::value;
-    const Shape t = shape_of<V, E>(g, sizeof(Edge<A>), sizeof(A) + sizeof(int));
-    launch("gaussian_gather", t.chunks > 1 ? forward_kernel<V, E, true> : forward_kernel<V, E, false>,
-           Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    const Shape t = shape_of<V, E>(g, [](const Shape&) { return 0; });
+    for_share(t.slots / t.width, [&](auto share) {
+      constexpr int S = decltype(share)::value;
+      launch("gaussian_gather", t.chunks > 1 ? forward_kernel<V, E, S, true> : forward_kernel<V, E, S, false>,
+             Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    });
   });
 }
 

@@ -3,6 +3,9 @@
 // A spatial order is the same of points that point to cells. Static shapes, nothing for the host to wait for. Compiled, run
 // in the tests' emulator, not yet run on a GPU.
 #include "cuda/gaussian_gather.h"
+
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 
@@ -27,12 +30,25 @@ __device__ int64_t place_of(const Lists& g, Index thing) {
   return static_cast<uint64_t>(target) < static_cast<uint64_t>(g.places) ? list * g.places + target : -1;
 }
 
+// The thing whose turn it is. In the order of a list's rows, neighbours in space come together, and so do the places that
+// they point to: what is written to them one by one meets in the cache.
+template <class Index>
+__device__ Index thing_of(const Lists& g, Index turn) {
+  if (!g.order) return turn;
+  using Unsigned = std::make_unsigned_t<Index>;
+  const Unsigned things = static_cast<Unsigned>(g.things), per = static_cast<Unsigned>(g.per);
+  const Unsigned list = static_cast<Unsigned>(turn) / things, inside = static_cast<Unsigned>(turn) - list * things;
+  const Unsigned row = inside / per;
+  return static_cast<Index>(list * things + g.order[list * (things / per) + row] * per + inside - row * per);
+}
+
 // How many pointed to the place before this thing; in the order in which the GPU happens to come by.
 template <class Index, class Target>
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ Lists g) {
-  const int64_t thing = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (thing >= g.lists * g.things) return;
-  const int64_t place = place_of<Index, Target>(g, static_cast<Index>(thing));
+  const int64_t turn = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (turn >= g.lists * g.things) return;
+  const Index thing = thing_of(g, static_cast<Index>(turn));
+  const int64_t place = place_of<Index, Target>(g, thing);
   if (place >= 0) as<Index>(g.edges)[thing] = ptx::add_atomically(as<Index>(g.counts) + place, Index{1});
 }
 
@@ -119,11 +135,12 @@ __global__ void __launch_bounds__(kThreads) starts_kernel(const __grid_constant_
 
 template <class Index, class Target>
 __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ Lists g) {
-  const int64_t thing = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (thing >= g.lists * g.things) return;
-  const int64_t place = place_of<Index, Target>(g, static_cast<Index>(thing));
+  const int64_t turn = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (turn >= g.lists * g.things) return;
+  const Index thing = thing_of(g, static_cast<Index>(turn));
+  const int64_t place = place_of<Index, Target>(g, thing);
   if (place >= 0)
-    as<Index>(g.scratch)[as<const Index>(g.starts)[place] + as<const Index>(g.edges)[thing]] = static_cast<Index>(thing) % static_cast<Index>(g.things);
+    as<Index>(g.scratch)[as<const Index>(g.starts)[place] + as<const Index>(g.edges)[thing]] = thing % static_cast<Index>(g.things);
 }
 
 // Each thing goes to where the number of smaller ones says.

@@ -1,189 +1,194 @@
 // Gaussian gather, backward by query: how the loss moves with each weight, from one read of the values; then all that is
-// the query's own, and weight and slope of each edge for the pass by entity. Compiled, run in the tests' emulator, not yet
-// run on a GPU; its prototype was.
+// the query's own, and weight and slope of each edge for the pass by entity.
 #include "cuda/gaussian_gather_rows.h"
 
 namespace dfn::gather {
 namespace {
 
-// U sums over the lanes of a group at once: each step halves lanes and sums together, as long as there are both. Afterwards
-// lane l holds, first, the sum number l * U / lanes; then the next, where a lane keeps two (U = 8, 4 lanes).
-template <class A, int U>
-__device__ __forceinline__ void sum_over_group(A (&sums)[U], int l, int lanes) {
-  int step = lanes / 2;
-#pragma unroll
-  for (int have = U; have > 1; have /= 2) {
-    if (step == 0) break;
-    const bool upper = l & step;
-#pragma unroll
-    for (int i = 0; i < have / 2; ++i) {
-      const A kept = upper ? sums[i + have / 2] : sums[i];
-      sums[i] = kept + __shfl_xor_sync(kAll, upper ? sums[i] : sums[i + have / 2], step);
-    }
-    step /= 2;
-  }
-  for (; step > 0; step /= 2) sums[0] += __shfl_xor_sync(kAll, sums[0], step);
+// kBatch sums over the lanes of a group at once: two steps halve lanes and sums together. Afterwards lane l holds a part of
+// the sum number l / (lanes / kBatch).
+template <class A>
+__device__ __forceinline__ A part_of_sums(const A (&sums)[kBatch], unsigned l, unsigned lanes) {
+  static_assert(kBatch == 4);
+  const bool upper = l & (lanes / 2), odd = l & (lanes / 4);
+  const A low = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(kAll, upper ? sums[0] : sums[2], lanes / 2);
+  const A high = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(kAll, upper ? sums[1] : sums[3], lanes / 2);
+  return (odd ? high : low) + __shfl_xor_sync(kAll, odd ? low : high, lanes / 4);
 }
 
-// along[u] (+)= <gradient, row edges[u].row> for u < U. Lanes that are not live have no channel.
-template <class V, int E, int U, bool Checked>
-__device__ __forceinline__ void dot_rows(Real<V>* along, bool add, const Real<V> (&grad)[E], bool live, int l, int lanes,
-                                         const Edge<Real<V>>* edges, const char* rows, uint32_t row_bytes) {
+// parts (+)= those of <gradient, row edges[u].row>, for the edges of a batch.
+template <class V, int E, bool Checked>
+__device__ __forceinline__ void dot_rows(Real<V>* parts, bool add, const Real<V> (&grad)[E], bool live, int l, const Shape& t,
+                                         const Edge<Real<V>>* edges, const char* rows) {
   using A = Real<V>;
-  Unit<V, E> x[U];
-  bool there[U];
+  Batch<V, E, Checked> batch;
+  batch.load(edges, rows, t.value_bytes, live);
+  A dots[kBatch];
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int row = edges[u].row;
-    there[u] = live && (!Checked || row >= 0);
-    if (!Checked || row >= 0)
-      x[u].load(rows + uint64_t{static_cast<uint32_t>(row)} * row_bytes);
-    else
-      x[u].clear();
-  }
-  A dots[U];
+  for (int u = 0; u < kBatch; ++u) {
+    A f[E];
+    batch.units[u].get(f);
+    dots[u] = grad[0] * f[0];
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    A f[E], dot = 0;
-    x[u].get(f);
-#pragma unroll
-    for (int i = 0; i < E; ++i) dot += grad[i] * f[i];
-    dots[u] = there[u] ? dot : A(0);
+    for (int i = 1; i < E; ++i) dots[u] += grad[i] * f[i];
   }
-  sum_over_group(dots, l, lanes);
-  if (lanes <= U || l % (lanes / U) == 0) {
-    const int first = l * U / lanes;
-    along[first] = add ? along[first] + dots[0] : dots[0];
-    if (U > lanes) along[first + 1] = add ? along[first + 1] + dots[1] : dots[1];
-  }
+  const A part = part_of_sums(dots, l, t.lanes);
+  *parts = add ? *parts + part : part;
 }
 
+// Whole: no neighbour is missing, and no lane is beyond the end of a row.
 template <class V, int E>
-__device__ __forceinline__ void dot_all_rows(Real<V>* along, bool add, const Real<V> (&grad)[E], bool live, int l, int lanes,
-                                             const Edge<Real<V>>* edges, int count, bool all, const char* rows, uint32_t row_bytes) {
-  int n = 0;
-  if (all) {
-    for (; n + 8 <= count; n += 8) dot_rows<V, E, 8, false>(along + n, add, grad, live, l, lanes, edges + n, rows, row_bytes);
-    if (n + 4 <= count) dot_rows<V, E, 4, false>(along + n, add, grad, live, l, lanes, edges + n, rows, row_bytes), n += 4;
-  }
-  for (; n < count; n += 4) dot_rows<V, E, 4, true>(along + n, add, grad, live, l, lanes, edges + n, rows, row_bytes);
+__device__ __forceinline__ void dot_all_rows(Real<V>* parts, bool add, const Real<V> (&grad)[E], bool live, int l, const Shape& t,
+                                             const Edge<Real<V>>* edges, int count, bool whole, const char* rows) {
+  if (whole)
+#pragma unroll 1
+    for (; count >= kBatch; count -= kBatch, edges += kBatch, parts += t.lanes)
+      dot_rows<V, E, false>(parts, add, grad, live, l, t, edges, rows);
+#pragma unroll 1
+  for (; count > 0; count -= kBatch, edges += kBatch, parts += t.lanes)
+    dot_rows<V, E, true>(parts, add, grad, live, l, t, edges, rows);
 }
 
-constexpr int kFewDims = 3;  // whose gradient a lane keeps in registers
-
-template <class V, int E, bool Chunked>
-__global__ void __launch_bounds__(32 * kWarps, Chunked || sizeof(V) == 8 ? 2 : 3)
+template <class V, int E, int S, bool Chunked>
+__global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S == 4 ? 2 : S == 2 && E == 1 ? 3 : 4)
     queries_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int group = static_cast<int>(blockIdx.x / t.blocks);
-  const int64_t first = (blockIdx.x % t.blocks * kWarps + warp) * t.queries;
+  const Group group(g, blockIdx.x / t.blocks);
+  const unsigned block = blockIdx.x - group.number * t.blocks;
   Edge<A>* edges = reinterpret_cast<Edge<A>*>(ptx::shared_memory() + warp * t.warp_bytes);
-  A* along = reinterpret_cast<A*>(edges + t.queries * t.stride);  // <gradient, value>; later the slope
-  int* numbers = reinterpret_cast<int*>(along + t.queries * t.stride);
-
-  const int mine = lane / t.width;
-  Query<A> query(g, group, first + mine, lane % t.width, t.width, edges + mine * t.stride);
-  if (query.lane == 0) numbers[mine] = query.m;
-  if (Chunked && g.normalize) query.look_through(t);
-  // Not before it is wanted: registers are few.
-  const auto slope_of = [&](int n) -> Slope<A>& { return as<Slope<A>>(g.slopes)[(group * g.M + query.m) * g.k + n]; };
-  const auto count_of = [&](int chunk) {
-    const int left = static_cast<int>(g.k) - chunk * t.slots;
-    return left < t.slots ? left : t.slots;
+  // <gradient, value> of each edge, in so many parts; later the slope
+  A* along = reinterpret_cast<A*>(edges + t.queries * t.stride);
+  const int parts = t.lanes / kBatch, along_stride = t.slots * parts;
+  const int mine = lane >> t.width_bits;
+  Query<A, S> query(g, t, group, lane & (t.width - 1), edges + mine * t.stride);
+  A* own = along + mine * along_stride + query.lane * parts;
+  const auto sum_of_parts = [&](int i) {
+    A sum = own[i * t.width * parts];
+#pragma unroll 1
+    for (int p = 1; p < parts; ++p) sum += own[i * t.width * parts + p];
+    return sum;
   };
+  const int l = lane & (t.lanes - 1), groups = 32 >> t.lane_bits, c = static_cast<int>(g.c), k = query.k, D = query.D;
+  const bool has_slopes = g.grad.data != nullptr;  // else nothing but the values' gradient is wanted
 
+  // A lane beyond the end of a row does nothing, at the row's last unit.
+  const auto channel_of = [&](int c0) { return c0 + l * E < c ? c0 + l * E : c - E; };
+  const char *values = group.rows<V>(g.values), *grads = group.rows<V>(g.grad);
+  const auto count_of = [&](int chunk) {
+    const int left = k - chunk * t.slots;
+    return Chunked && left > t.slots ? t.slots : left;
+  };
   // Along: for all neighbours of a chunk.
-  const int l = lane % t.lanes, groups = 32 / t.lanes;
-  const uint32_t row_bytes = static_cast<uint32_t>(g.values.sN * sizeof(V));
   const auto dots = [&](int chunk, bool all) {
-    for (int served = lane / t.lanes; served < t.queries; served += groups) {
-      const int64_t m = numbers[served] < 0 ? 0 : numbers[served];
-      for (int64_t c0 = 0; c0 < g.c; c0 += t.lanes * E) {
-        const bool live = c0 + l * E < g.c;
-        const int64_t channel = live ? c0 + l * E : 0;
+    for (int served = lane >> t.lane_bits; served < t.queries; served += groups) {
+      const int m = __shfl_sync(kAll, query.m, served << t.width_bits);
+      for (int c0 = 0; c0 < c; c0 += t.lanes * E) {
+        const bool live = c0 + l * E < c;
+        const int at = channel_of(c0) * int{sizeof(V)};
         Unit<V, E> unit;
-        unit.load(unit_of<V>(g.grad, group, g.H, channel) + m * g.grad.sN * sizeof(V));
+        if (live)
+          unit.load(row_of(grads + at, m < 0 ? 0 : m, t.grad_bytes));
+        else
+          unit.clear();
         A grad[E];
         unit.get(grad);
-        dot_all_rows<V, E>(along + served * t.stride, c0 > 0, grad, live, l, t.lanes, edges + served * t.stride, count_of(chunk),
-                           all, unit_of<V>(g.values, group, g.H, channel), row_bytes);
+        dot_all_rows<V, E>(along + served * along_stride + l, c0 > 0, grad, live, l, t, edges + served * t.stride, count_of(chunk),
+                           all && c0 + t.lanes * E <= c, ptx::as_one(values + at));
       }
     }
     __syncwarp();
   };
-  const bool has_slopes = g.grad.data != nullptr;  // else nothing but the values' gradient is wanted
-  A* own = along + mine * t.stride;
-  A mean = 0;  // <gradient, output>: what normalisation takes away
-  const auto add_to_mean = [&](int chunk) {
-    for (int s = query.lane; s < count_of(chunk); s += t.width)
-      if (query.edges[s].row >= 0) mean += query.edges[s].weight * query.influence_of(query.edges[s].row) * own[s];
-  };
-  if (Chunked) {
-    for (int chunk = 0; has_slopes && chunk < t.chunks; ++chunk) {
-      dots(chunk, query.stage(t, chunk, false));
-      add_to_mean(chunk);
-      for (int s = query.lane; query.m >= 0 && s < count_of(chunk); s += t.width) slope_of(chunk * t.slots + s).slope = own[s];
-    }
-  } else {
-    const bool all = query.stage(t, 0, false);
-    if (has_slopes) {
-      dots(0, all);
-      add_to_mean(0);
-    }
-  }
-  const A factor = query.factor();
-  mean = g.normalize ? sum_over(mean, t.width) * factor : A(0);
 
-  A grad_query[kFewDims] = {}, grad_sigma = 0;
-  for (int chunk = 0; chunk < (Chunked ? t.chunks : 1); ++chunk) {
-    if (Chunked) query.stage(t, chunk, false);
-    for (int s = query.lane; query.m >= 0 && s < count_of(chunk); s += t.width) {
-      const int n = chunk * t.slots + s, row = query.edges[s].row;
-      const A rest = !has_slopes ? A(0) : (Chunked ? slope_of(n).slope : own[s]) - mean;
-      const A weight = query.edges[s].weight * factor, slope = row < 0 ? A(0) : weight * rest;
-      if (g.slopes) slope_of(n) = {weight, slope};
-      if (!has_slopes || row < 0) continue;
-      const A moved = slope * query.influence_of(row);  // by the exponent
-      own[s] = moved;
-      if (g.grad_queries && g.D <= kFewDims) {
-        const A* p = query.positions + row * g.D;
+  Slope<A>* slopes = as<Slope<A>>(g.slopes) + group.number * g.M * g.k;
+  A* grad_queries = as<A>(g.grad_queries) + group.number * g.M * g.D;
+  const bool needs_away = g.grad_queries && D <= kFewDims;
+  query.prepare(block * t.turns * kWarps + warp);
+  for (int turn = 0; turn < t.turns; ++turn) {
+    if (!query.take((block * t.turns + turn) * kWarps + warp)) return;
+    const int m = query.m;
+    const auto slope_of = [&](int n) -> Slope<A>& { return row_of(slopes, m, t.slope_bytes)[n]; };
+    A mean = 0;  // <gradient, output>: what normalisation takes away
+    A loss[S] = {};  // its derivative by the weight; what missing neighbours have there may be NaN
+    const auto sum_up = [&] {
+      query.recall();
 #pragma unroll
-        for (int a = 0; a < kFewDims; ++a)
-          if (a < g.D) grad_query[a] += moved * (query.at[a] - p[a]);
+      for (int i = 0; i < S; ++i) {
+        loss[i] = query.row[i] < 0 ? A(0) : sum_of_parts(i);
+        mean += query.weight[i] * query.influence[i] * loss[i];
       }
-      if (g.grad_sigma_rows) grad_sigma += moved * query.exponent(query.sq_dist(n, row));
-    }
-    if (g.grad_queries && g.D > kFewDims) {  // a lane for each dimension
-      __syncwarp();
-      for (int served = 0; served < t.queries; ++served) {
-        const int m = numbers[served];
-        if (m < 0) continue;
-        A* out = as<A>(g.grad_queries) + (group * g.M + m) * g.D;
-        const A* q = as<const A>(g.queries) + (group * g.M + m) * g.D;
-        for (int64_t a = lane; a < g.D; a += 32) {
-          A sum = 0;
-          for (int s = 0; s < count_of(chunk); ++s) {
-            const int row = edges[served * t.stride + s].row;
-            if (row >= 0) sum += along[served * t.stride + s] * (q[a] - as<const A>(g.positions)[(group * g.N + row) * g.D + a]);
-          }
-          sum *= -2 * query.scale;
-          out[a] = chunk > 0 ? out[a] + sum : sum;
+    };
+    if (Chunked) {
+      if (g.normalize) query.look_through();
+      for (int chunk = 0; has_slopes && chunk < t.chunks; ++chunk) {
+        dots(chunk, query.stage(chunk, false));
+        sum_up();
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+          const int n = chunk * t.slots + query.lane + i * t.width;
+          if (query.inside(n)) slope_of(n).slope = loss[i];
         }
       }
+    } else {
+      const bool all = query.stage(0, false, needs_away);
+      if (has_slopes) {
+        dots(0, all);
+        sum_up();
+      }
     }
-  }
-  if (g.grad_sigma_rows) {
-    grad_sigma = sum_over(grad_sigma, t.width);
-    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
-    if (query.lane == 0 && query.m >= 0) as<A>(g.grad_sigma_rows)[group * g.M + query.m] = grad_sigma * 2 / sigma;
-  }
-  if (g.grad_queries && g.D <= kFewDims) {
+    const A factor = query.factor();
+    mean = g.normalize ? sum_over(mean, t.width) * factor : A(0);
+
+    A grad_query[kFewDims] = {}, grad_sigma = 0;
+    for (int chunk = 0; chunk < (Chunked ? t.chunks : 1); ++chunk) {
+      if (Chunked) query.stage(chunk, false, needs_away);
 #pragma unroll
-    for (int a = 0; a < kFewDims; ++a) {
-      if (a >= g.D) break;
-      const A sum = sum_over(grad_query[a], t.width);
-      if (query.lane == 0 && query.m >= 0) as<A>(g.grad_queries)[(group * g.M + query.m) * g.D + a] = -2 * query.scale * sum;
+      for (int i = 0; i < S; ++i) {
+        const int n = chunk * t.slots + query.lane + i * t.width;
+        if (!query.inside(n)) continue;
+        const bool there = query.row[i] >= 0;
+        const A rest = (Chunked && has_slopes ? slope_of(n).slope : loss[i]) - mean;
+        const A weight = query.weight[i] * factor, slope = there ? weight * rest : A(0);
+        if (g.slopes) slope_of(n) = {weight, slope};
+        if (!has_slopes || !there) continue;
+        const A moved = slope * query.influence[i];  // by the exponent
+        if (D > kFewDims) own[i * t.width * parts] = moved;
+#pragma unroll
+        for (int a = 0; a < kFewDims; ++a) grad_query[a] += moved * query.away[i][a];
+        grad_sigma += moved * query.exponent[i];
+      }
+      if (g.grad_queries && D > kFewDims) {  // a lane for each dimension
+        __syncwarp();
+        for (int served = 0; served < t.queries; ++served) {
+          const int number = __shfl_sync(kAll, m, served << t.width_bits);
+          if (number < 0) continue;
+          A* out = row_of(grad_queries, number, t.point_bytes);
+          const A* q = row_of(query.queries, number, t.point_bytes);
+          for (int a = lane; a < D; a += 32) {
+            A sum = 0;
+            for (int s = 0; s < count_of(chunk); ++s) {
+              const int row = edges[served * t.stride + s].row;
+              if (row >= 0) sum += along[served * along_stride + s * parts] * (q[a] - query.positions[row * g.D + a]);
+            }
+            sum *= -2 * query.scale;
+            out[a] = chunk > 0 ? out[a] + sum : sum;
+          }
+        }
+        __syncwarp();
+      }
+    }
+    if (g.grad_sigma_rows) {
+      grad_sigma = sum_over(grad_sigma, t.width);
+      const A sigma = width_of(as<const A>(g.sigma)[group.h]);
+      if (query.lane == 0 && m >= 0) as<A>(g.grad_sigma_rows)[group.number * g.M + m] = grad_sigma * 2 / sigma;
+    }
+    if (needs_away) {
+#pragma unroll
+      for (int a = 0; a < kFewDims; ++a) {
+        if (a >= D) break;
+        const A sum = sum_over(grad_query[a], t.width);
+        if (query.lane == 0 && m >= 0) row_of(grad_queries, m, t.point_bytes)[a] = -2 * query.scale * sum;
+      }
     }
   }
 }
@@ -195,9 +200,12 @@ void backward_queries(const Problem& g) {
     using V = decltype(v);
     using A = Real<V>;
     constexpr int E = decltype(elements)::value;
-    const Shape t = shape_of<V, E>(g, sizeof(Edge<A>) + sizeof(A), sizeof(int));
-    launch("gaussian_gather", t.chunks > 1 ? queries_kernel<V, E, true> : queries_kernel<V, E, false>,
-           Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    const Shape t = shape_of<V, E>(g, [](const Shape& t) { return t.slots * t.lanes / kBatch * int{sizeof(A)}; });
+    for_share(t.slots / t.width, [&](auto share) {
+      constexpr int S = decltype(share)::value;
+      launch("gaussian_gather", t.chunks > 1 ? queries_kernel<V, E, S, true> : queries_kernel<V, E, S, false>,
+             Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
+    });
   });
 }
 

@@ -2,10 +2,15 @@
 // up rows of values. A warp takes `queries` queries. First its lanes, `width` for a query, make the weights of all their
 // neighbours at once and leave them in shared memory. Then groups of `lanes` lanes, as many as a row has units, serve a
 // query each; all rows of a batch are on their way before the first is used.
+//
+// Instructions are what these kernels run out of first: a row of 128 bytes costs a warp 5 beside its arithmetic. So numbers
+// of rows have 32 bits, sizes that a lane divides by are powers of two, and nothing is computed twice for each edge.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "cuda/gaussian_gather.h"
 #include "cuda/launch.h"
@@ -14,7 +19,9 @@
 namespace dfn::gather {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kWarps = 8;  // of a block
+constexpr int kWarps = 8;    // of a block
+constexpr int kFewDims = 3;  // that a lane keeps in registers
+constexpr int kBatch = 4;    // rows on their way together
 
 template <class V>
 struct RealOf {
@@ -34,10 +41,16 @@ template <class T>
 __device__ T* as(const void* p) {
   return static_cast<T*>(const_cast<void*>(p));
 }
+// Of rows that are `bytes` apart.
+template <class T>
+__device__ __forceinline__ T* row_of(T* first, int row, uint32_t bytes) {
+  char* at = const_cast<char*>(reinterpret_cast<const char*>(first)) + ptx::multiply_wide(static_cast<uint32_t>(row), bytes);
+  return reinterpret_cast<T*>(at);
+}
 
 // ---- units: E values of a row, 16 bytes or one value ----------------------------------------------------------------
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
@@ -52,12 +65,18 @@ struct Unit {
   __device__ void load(const void* from) { words = ptx::load_16_bytes(from); }
   __device__ void clear() { words = {0, 0, 0, 0}; }
   __device__ void get(Real<V> (&to)[E]) const {
-    union {
-      uint4 words;
-      V values[E];
-    } both = {words};
+    if constexpr (std::is_same_v<V, __nv_bfloat16>) {  // one instruction a value; the conversion takes three for two
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < E; ++i) to[i] = widen(both.values[i]);
+      for (int i = 0; i < E; ++i) to[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+    } else {
+      union {
+        uint4 words;
+        V values[E];
+      } both = {words};
+#pragma unroll
+      for (int i = 0; i < E; ++i) to[i] = widen(both.values[i]);
+    }
   }
   static __device__ void store(void* to, const Real<V> (&from)[E]) {
     union Both {
@@ -84,21 +103,26 @@ struct Unit<V, 1> {
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float lesser(float x, float y) { return fminf(x, y); }  // a NaN is nobody's
+__device__ inline double lesser(double x, double y) { return fmin(x, y); }
 // Not to be contracted: the distances of a search, to the bit.
 __device__ inline float plus_square(float sum, float x) { return __fadd_rn(sum, __fmul_rn(x, x)); }
 __device__ inline double plus_square(double sum, double x) { return __dadd_rn(sum, __dmul_rn(x, x)); }
 
-template <class A>
-__device__ A sum_over(A x, int width) {
-  for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+// Over `width` lanes, a power of two, `Most` at most; without a branch, for which the compiler would have the warp meet before each step.
+template <int Most = 32, class A>
+__device__ __forceinline__ A sum_over(A x, int width) {
+#pragma unroll
+  for (int step = Most / 2; step > 0; step /= 2) {
+    const A other = __shfl_xor_sync(kAll, x, step);
+    if (step < width) x += other;
+  }
   return x;
 }
 template <class A>
-__device__ A least_of(A x, int width) {
-  for (int step = width / 2; step > 0; step /= 2) {
-    const A other = __shfl_xor_sync(kAll, x, step);
-    x = other < x ? other : x;
-  }
+__device__ __forceinline__ A least_of(A x, int width) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = lesser(x, __shfl_xor_sync(kAll, x, step, width));  // itself, beyond the width
   return x;
 }
 
@@ -111,16 +135,39 @@ __device__ A width_of(A sigma) {
 }
 constexpr float kFar = 1e4f;  // exp(-kFar) is 0
 
+template <class A>
+struct alignas(2 * sizeof(A)) Edge {
+  A weight;
+  int row;  // of values; -1: no neighbour
+};
+
+// Whole quotients of 31-bit numbers by k, in three instructions.
+struct Divisor {
+  uint32_t k, factor, shift;
+
+  // 2^(31 + shift) / k, rounded up: so far above that no quotient of such a number changes (Granlund and Montgomery).
+  void set(int64_t divisor) {
+    k = static_cast<uint32_t>(divisor), shift = 0;
+    while (1u << shift < k) ++shift;
+    factor = static_cast<uint32_t>((uint64_t{1} << (31 + shift)) / k + 1);
+  }
+  __device__ uint32_t of(uint32_t n) const { return static_cast<uint32_t>(ptx::multiply_wide(2 * n, factor) >> 32) >> shift; }
+};
+
 // ---- how a problem is shared out ------------------------------------------------------------------------------------
 struct Shape {
-  int lanes;    // of a group: 4 to 32
-  int queries;  // of a warp
-  int width;    // 32 / queries
-  int slots;    // neighbours in shared memory, a multiple of 4
-  int stride;   // of queries in shared memory, in neighbours: off by one, so that groups meet different banks
-  int chunks;   // of a query's neighbours
-  int warp_bytes;
-  int64_t blocks;  // of a batch and head
+  int lanes, lane_bits;  // of a group: 4 to 32, and its logarithm
+  int width, width_bits;  // lanes that make the weights of a query; at most `lanes`
+  int queries;            // of a warp: 32 / width
+  int slots;              // neighbours in shared memory: 4 to 32
+  int stride;             // of queries in shared memory, in neighbours: groups meet different banks
+  int chunks;             // of a query's neighbours
+  int turns;              // of a warp, each with other queries
+  int warp_bytes;         // of shared memory
+  unsigned blocks;        // of a batch and head
+  Divisor by_k;           // the query of an edge
+  // From one row to the next, in bytes. On the device they would come to 64 bits.
+  uint32_t list_bytes, slope_bytes, point_bytes, value_bytes, out_bytes, grad_bytes, grad_value_bytes;
 };
 
 inline int power_of_two(int64_t n, int low, int high) {
@@ -128,34 +175,60 @@ inline int power_of_two(int64_t n, int low, int high) {
   while (power < n && power < high) power *= 2;
   return power;
 }
+inline int logarithm(int power) {
+  int bits = 0;
+  while (1 << bits < power) ++bits;
+  return bits;
+}
 
-template <class V, int E>
-Shape shape_of(const Problem& g, int bytes_per_slot, int bytes_per_query) {
-  Shape t;
-  t.lanes = power_of_two((g.c + E - 1) / E, 4, 32);
-  const int at_once = 32 / power_of_two(g.k, 1, 32);
-  t.queries = 32 / t.lanes > at_once ? 32 / t.lanes : at_once;
-  t.width = 32 / t.queries;
-  t.slots = static_cast<int>(g.k < kMostSlots ? (g.k + 3) / 4 * 4 : kMostSlots);
-  t.stride = t.slots + 1;
+// To find its place takes a block as long as a third of a turn; too few blocks leave multiprocessors idle.
+inline int turns_of(int64_t blocks) {
+  constexpr int most = 16, at_least = 16;  // blocks for each multiprocessor
+  const int64_t turns = blocks / (int64_t{at_least} * multiprocessors());
+  return static_cast<int>(turns < 1 ? 1 : turns > most ? most : turns);
+}
+
+template <class V>
+Shape with_strides(const Problem& g) {
+  const auto bytes = [](int64_t elements, size_t size) { return static_cast<uint32_t>(elements * size); };
+  Shape t = {};
+  t.by_k.set(g.k);
+  t.list_bytes = bytes(g.k, sizeof(int64_t)), t.slope_bytes = bytes(g.k, sizeof(Slope<Real<V>>)), t.point_bytes = bytes(g.D, sizeof(Real<V>));
+  t.value_bytes = bytes(g.values.sN, sizeof(V)), t.out_bytes = bytes(g.out.sN, sizeof(V));
+  t.grad_bytes = bytes(g.grad.sN, sizeof(V)), t.grad_value_bytes = bytes(g.grad_values.sN, sizeof(V));
+  return t;
+}
+
+// `more`: bytes of shared memory that a query wants beside its edges.
+template <class V, int E, class More>
+Shape shape_of(const Problem& g, More more) {
+  Shape t = with_strides<V>(g);
+  t.slots = power_of_two(g.k, 4, kMostSlots);
+  t.lanes = power_of_two((g.c + E - 1) / E, t.slots > 16 ? 8 : 4, 32);
+  t.width = t.lanes < t.slots ? t.lanes : t.slots;
+  t.queries = 32 / t.width;
+  t.lane_bits = logarithm(t.lanes), t.width_bits = logarithm(t.width);
+  t.stride = t.slots + 2;
   t.chunks = static_cast<int>((g.k + t.slots - 1) / t.slots);
-  t.warp_bytes = (t.queries * (t.stride * bytes_per_slot + bytes_per_query) + 15) / 16 * 16;
-  t.blocks = (g.M + kWarps * t.queries - 1) / (kWarps * t.queries);
+  t.warp_bytes = (t.queries * (t.stride * int{sizeof(Edge<Real<V>>)} + more(t)) + 15) / 16 * 16;
+  t.turns = turns_of(g.B * g.H * (g.M / (kWarps * t.queries)));
+  const int64_t block = int64_t{kWarps} * t.queries * t.turns;
+  t.blocks = static_cast<unsigned>((g.M + block - 1) / block);
   return t;
 }
 
 // Calls body with a value of the dtype and, as its second argument's type, the number of them in a unit.
-template <int E>
-struct Elements {
-  static constexpr int value = E;
+template <int N>
+struct Number {
+  static constexpr int value = N;
 };
 template <class Body>
 void for_dtype(const Problem& g, Body body) {
   const auto call = [&](auto v) {
     if (by_units(g))
-      body(v, Elements<kUnit<decltype(v)>>{});
+      body(v, Number<kUnit<decltype(v)>>{});
     else
-      body(v, Elements<1>{});
+      body(v, Number<1>{});
   };
   switch (g.dtype) {
     case Dtype::f16: return call(__half{});
@@ -164,88 +237,156 @@ void for_dtype(const Problem& g, Body body) {
     case Dtype::f64: return call(double{});
   }
 }
+// Calls body with how many neighbours a lane looks up.
+template <class Body>
+void for_share(int share, Body body) {
+  switch (share) {
+    case 1: return body(Number<1>{});
+    case 2: return body(Number<2>{});
+    default: return body(Number<4>{});
+  }
+}
 
-// ---- the weights of a query, by `width` lanes -----------------------------------------------------------------------
-template <class A>
-struct alignas(2 * sizeof(A)) Edge {
-  A weight;  // or squared distance
-  int row;   // of values; -1: no neighbour
+// A batch and head.
+struct Group {
+  unsigned number, b, h, list;
+
+  __device__ Group(const Problem& g, unsigned number) : number(number) {
+    const unsigned H = static_cast<unsigned>(g.H);
+    b = number / H, h = number - b * H;
+    list = g.list_heads == 1 ? b : number;
+  }
+  template <class V>
+  __device__ char* rows(const Rows& rows) const {
+    return reinterpret_cast<char*>(static_cast<V*>(rows.data) + b * rows.sB + h * rows.sH);
+  }
 };
 
-template <class A>
+// ---- the weights of a query, by `width` lanes -----------------------------------------------------------------------
+// A lane has S of the neighbours of a chunk: n0 + lane + i * width.
+template <class A, int S>
 struct Query {
   const Problem& g;
-  const int64_t* indices;  // [k]
-  const A* sq_dists;       // [k] or null
-  const A* positions;      // [N, D]
-  const A* influence;      // [N] or null
-  const A* at;             // [D]
-  Edge<A>* edges;          // in shared memory
-  int m;                   // -1: none
-  int lane, width;
-  A scale;                 // 1 / (2 sigma^2)
-  A least, total;          // of normalised weights: the least squared distance, the sum of the weights
+  const Shape& t;
+  Edge<A>* edges;  // in shared memory, the lane's first
+  int lane, width, k, D;
+  const int32_t* order;     // of the list, or null
+  const int64_t* indices;   // of the list
+  const A* queries;         // of the batch and head, as what follows
+  const A* positions;
+  const A* known_sq_dists;  // or null
+  const A* influences;      // or null
+  A scale;         // 1 / (2 sigma^2)
+  int m, next;     // this turn's, and the next one's; -1: none
+  A at[kFewDims];  // its first coordinates
+  A least, total;  // of normalised weights: the least squared distance, the sum of the weights
+  int row[S];
+  A away[S][kFewDims];  // from the neighbour to the query, where it is looked up
+  A exponent[S];        // the weight is exp of it, but for the sign
+  A influence[S];
+  A weight[S];  // before influence
 
-  __device__ Query(const Problem& g, int64_t group, int64_t turn, int lane, int width, Edge<A>* edges)
-      : g(g), edges(edges), lane(lane), width(width), least(0), total(1) {
-    const int64_t list = group / g.H * g.list_heads + group % g.H % g.list_heads;
-    m = turn >= g.M ? -1 : g.query_order ? g.query_order[list * g.M + turn] : static_cast<int>(turn);
-    const int64_t row = m < 0 ? 0 : m;
-    indices = g.indices + (list * g.M + row) * g.k;
-    sq_dists = g.sq_dists ? as<const A>(g.sq_dists) + (group * g.M + row) * g.k : nullptr;
-    positions = as<const A>(g.positions) + group * g.N * g.D;
-    influence = g.influence ? as<const A>(g.influence) + group * g.N : nullptr;
-    at = as<const A>(g.queries) + (group * g.M + row) * g.D;
-    const A sigma = width_of(as<const A>(g.sigma)[group % g.H]);
+  __device__ Query(const Problem& g, const Shape& t, const Group& group, int lane, Edge<A>* edges)
+      : g(g), t(t), edges(edges + lane), lane(lane), width(t.width), k(static_cast<int>(g.k)), D(static_cast<int>(g.D)), m(-1) {
+    order = g.query_order ? g.query_order + group.list * g.M : nullptr;
+    indices = g.indices + group.list * g.M * g.k;
+    queries = as<const A>(g.queries) + group.number * g.M * g.D;
+    positions = as<const A>(g.positions) + group.number * g.N * g.D;
+    known_sq_dists = g.sq_dists ? as<const A>(g.sq_dists) + group.number * g.M * g.k : nullptr;
+    influences = g.influence ? as<const A>(g.influence) + group.number * g.N : nullptr;
+    const A sigma = width_of(as<const A>(g.sigma)[group.h]);
     scale = A(0.5) / (sigma * sigma);
   }
 
-  __device__ A sq_dist(int slot, int row) const {
-    if (sq_dists) return sq_dists[slot];
-    const A* p = positions + row * g.D;
-    A sum = 0;
-    for (int64_t a = 0; a < g.D; ++a) sum = plus_square(sum, at[a] - p[a]);
-    return sum;
+  __device__ int row_of_query() const { return m < 0 ? 0 : m; }
+  __device__ const A* coordinates() const { return row_of(queries, row_of_query(), t.point_bytes); }
+  __device__ const A* position(int i) const { return row_of(positions, row[i] < 0 ? 0 : row[i], t.point_bytes); }
+  __device__ bool inside(int n) const { return m >= 0 && n < k; }
+
+  // Of the `number`-th time that a warp takes queries; once more than M asks for nobody.
+  __device__ int number_of(unsigned number) const {
+    const unsigned turn = number * t.queries + (threadIdx.x % 32 >> t.width_bits);
+    return turn >= static_cast<unsigned>(g.M) ? -1 : order ? order[turn] : static_cast<int>(turn);
+  }
+  __device__ void prepare(unsigned number) { next = number_of(number); }
+
+  // Returns whether there is one for the warp. The next one's number is on its way meanwhile.
+  __device__ bool take(unsigned number) {
+    if (number * t.queries >= static_cast<unsigned>(g.M)) return false;
+    m = next;
+    next = number_of(number + kWarps);
+    const A* from = coordinates();
+#pragma unroll
+    for (int a = 0; a < kFewDims; ++a) at[a] = a < D ? from[a] : A(0);
+    least = 0, total = 1;
+    return true;
   }
 
-  // What the weight is exp of, but for the sign.
-  __device__ A exponent(A sq_dist) const {
-    const A x = (sq_dist - least) * scale;
-    return x > A(kFar) ? A(kFar) : x;
+  // All that is read of the positions, before any of it is used.
+  __device__ void look_at() {
+    A p[S][kFewDims];
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      const A* from = position(i);
+#pragma unroll
+      for (int a = 0; a < kFewDims; ++a) p[i][a] = a < D ? from[a] : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < S; ++i)
+#pragma unroll
+      for (int a = 0; a < kFewDims; ++a) away[i][a] = at[a] - p[i][a];
   }
 
-  // Squared distances of the neighbours from n0 on, as many as there are slots; one that overflows is too far to be there.
-  // The least goes to `nearest`; returns whether all are there.
-  __device__ bool look_up(int n0, int slots, A& nearest) {
+  // Rows and squared distances of the neighbours from n0 on, as many as there are slots; one that overflows is too far to
+  // be there. The least goes to `nearest`; returns whether all are there.
+  __device__ bool look_up(int n0, A (&sq_dists)[S], A& nearest, bool needs_away = false) {
+    const int64_t* mine = row_of(indices, row_of_query(), t.list_bytes) + n0 + lane;
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      const int64_t index = inside(n0 + lane + i * width) ? mine[i * width] : -1;
+      row[i] = static_cast<uint64_t>(index) < static_cast<uint64_t>(g.N) ? static_cast<int>(index) : -1;
+    }
+    if (needs_away || !known_sq_dists) look_at();
+    if (known_sq_dists) {
+      const A* known = known_sq_dists + int64_t{row_of_query()} * k + n0 + lane;
+#pragma unroll
+      for (int i = 0; i < S; ++i) sq_dists[i] = row[i] < 0 ? A(INFINITY) : known[i * width];
+    } else {
+#pragma unroll
+      for (int i = 0; i < S; ++i) {
+        A sum = 0;
+#pragma unroll
+        for (int a = 0; a < kFewDims; ++a) sum = plus_square(sum, away[i][a]);
+#pragma unroll 1
+        for (int a = kFewDims; a < D; ++a) sum = plus_square(sum, coordinates()[a] - position(i)[a]);
+        sq_dists[i] = sum;
+      }
+    }
     bool all = true;
-    for (int s = lane; s < slots; s += width) {
-      const int n = n0 + s;
-      const bool inside = m >= 0 && n < g.k;
-      const int64_t index = inside ? indices[n] : -1;
-      int row = static_cast<uint64_t>(index) < static_cast<uint64_t>(g.N) ? static_cast<int>(index) : -1;
-      const A distance = row < 0 ? A(INFINITY) : sq_dist(n, row);
-      if (distance == A(INFINITY)) row = -1;
-      edges[s] = {distance, row};
-      nearest = distance < nearest ? distance : nearest;
-      all &= row >= 0 || n >= g.k;
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      if (row[i] < 0 || sq_dists[i] == A(INFINITY)) row[i] = -1, sq_dists[i] = INFINITY;
+      nearest = lesser(nearest, sq_dists[i]);
+      all &= row[i] >= 0 || n0 + lane + i * width >= k;
     }
     return all;
   }
 
-  __device__ A influence_of(int row) const { return influence ? influence[row] : A(1); }
+  __device__ void look_up_influence() {
+#pragma unroll
+    for (int i = 0; i < S; ++i) influence[i] = influences && row[i] >= 0 ? influences[row[i]] : A(1);
+  }
 
-  // From distances to weights, with influence or before it. Returns the lane's sum, with influence.
-  __device__ A weigh(int slots, bool with_influence) {
+  // From distances to weights. Returns the lane's sum, with influence.
+  __device__ A weigh(const A (&sq_dists)[S]) {
+    look_up_influence();
     A sum = 0;
-    for (int s = lane; s < slots; s += width) {
-      const Edge<A> edge = edges[s];
-      if (edge.row < 0) {
-        edges[s].weight = 0;
-        continue;
-      }
-      const A gauss = exponential(-exponent(edge.weight)), weight = gauss * influence_of(edge.row);
-      edges[s].weight = with_influence ? weight : gauss;
-      sum += weight;
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      const A x = (sq_dists[i] - least) * scale;
+      exponent[i] = x > A(kFar) ? A(kFar) : x;
+      weight[i] = exponential(-exponent[i]);  // 0 of nobody, who is infinitely far away
+      sum += weight[i] * influence[i];
     }
     return sum;
   }
@@ -256,55 +397,81 @@ struct Query {
   }
 
   // For normalised weights of more neighbours than there are slots: least and total of all.
-  __device__ void look_through(const Shape& t) {
-    A nearest = INFINITY, sum = 0;
-    for (int chunk = 0; chunk < t.chunks; ++chunk) look_up(chunk * t.slots, t.slots, nearest);
+  __device__ void look_through() {
+    A nearest = INFINITY, sum = 0, sq_dists[S];
+    for (int chunk = 0; chunk < t.chunks; ++chunk) look_up(chunk * t.slots, sq_dists, nearest);
     set_least(nearest);
     for (int chunk = 0; chunk < t.chunks; ++chunk) {
-      look_up(chunk * t.slots, t.slots, nearest);
-      sum += weigh(t.slots, true);
+      look_up(chunk * t.slots, sq_dists, nearest);
+      sum += weigh(sq_dists);
     }
     total = sum_over(sum, width);
   }
 
-  // Weights of a chunk of neighbours, for the whole warp to read. Returns whether all are there, in all queries of the warp.
-  __device__ bool stage(const Shape& t, int chunk, bool with_influence) {
-    __syncwarp();
-    A nearest = INFINITY;
-    const bool all = look_up(chunk * t.slots, t.slots, nearest);
-    const bool alone = g.normalize && t.chunks == 1;
+  // Weights of a chunk of neighbours, for the whole warp to read, with influence or before it. Returns whether all
+  // neighbours are there, in all queries of the warp.
+  __device__ bool stage(int chunk, bool with_influence, bool needs_away = false) {
+    A nearest = INFINITY, sq_dists[S];
+    const bool all = look_up(chunk * t.slots, sq_dists, nearest, needs_away), alone = g.normalize && t.chunks == 1;
     if (alone) set_least(nearest);
-    const A sum = weigh(t.slots, with_influence);
+    const A sum = weigh(sq_dists);
     if (alone) total = sum_over(sum, width);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < S; ++i) edges[i * width] = {with_influence ? weight[i] * influence[i] : weight[i], row[i]};
     const bool complete = __ballot_sync(kAll, all) == kAll;
     __syncwarp();  // a vote orders no memory
     return complete;
   }
 
+  // From shared memory, weights before influence: registers are few while rows are read.
+  __device__ void recall() {
+#pragma unroll
+    for (int i = 0; i < S; ++i) row[i] = edges[i * width].row, weight[i] = edges[i * width].weight;
+    look_up_influence();
+  }
+
   __device__ A factor() const { return !g.normalize ? A(1) : total != 0 ? 1 / total : A(0); }
 };
 
-// ---- sums of rows, by a group of lanes ------------------------------------------------------------------------------
-// acc += the sum of edges[u].weight * row edges[u].row over u < U. Checked: rows may be missing.
-template <class V, int E, int U, bool Checked>
-__device__ __forceinline__ void add_rows(Real<V> (&acc)[E], const Edge<Real<V>>* edges, const char* rows, uint32_t row_bytes) {
-  Unit<V, E> x[U];
-  Real<V> weights[U];
+// ---- rows of edges, by a group of lanes -----------------------------------------------------------------------------
+// Units of kBatch rows and what they are worth. Checked: rows may be missing, and are 0 then, as all are if not `live`.
+template <class V, int E, bool Checked>
+struct Batch {
+  using A = Real<V>;
+  Unit<V, E> units[kBatch];
+  A weights[kBatch];
+
+  __device__ __forceinline__ void load(const Edge<A>* edges, const char* rows, uint32_t row_bytes, bool live = true) {
+    struct alignas(16) Pair {  // one instruction
+      Edge<A> of[2];
+    };
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const Edge<Real<V>> edge = edges[u];
-    weights[u] = edge.weight;
-    if (!Checked || edge.row >= 0)
-      x[u].load(rows + uint64_t{static_cast<uint32_t>(edge.row)} * row_bytes);  // one instruction
-    else
-      x[u].clear();
+    for (int u = 0; u < kBatch; u += 2) {
+      const Pair pair = *reinterpret_cast<const Pair*>(edges + u);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        weights[u + i] = pair.of[i].weight;
+        if (!Checked || (pair.of[i].row >= 0 && live))
+          units[u + i].load(row_of(rows, pair.of[i].row, row_bytes));
+        else
+          units[u + i].clear();
+      }
+    }
   }
+};
+
+// acc += the sum of weight * row over a batch.
+template <class V, int E, bool Checked>
+__device__ __forceinline__ void add_rows(Real<V> (&acc)[E], const Edge<Real<V>>* edges, const char* rows, uint32_t row_bytes) {
+  Batch<V, E, Checked> batch;
+  batch.load(edges, rows, row_bytes);
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
+  for (int u = 0; u < kBatch; ++u) {
     Real<V> f[E];
-    x[u].get(f);
+    batch.units[u].get(f);
 #pragma unroll
-    for (int i = 0; i < E; ++i) acc[i] += weights[u] * f[i];
+    for (int i = 0; i < E; ++i) acc[i] += batch.weights[u] * f[i];
   }
 }
 
@@ -312,16 +479,11 @@ __device__ __forceinline__ void add_rows(Real<V> (&acc)[E], const Edge<Real<V>>*
 template <class V, int E>
 __device__ __forceinline__ void add_all_rows(Real<V> (&acc)[E], const Edge<Real<V>>* edges, int count, int there,
                                              const char* rows, uint32_t row_bytes) {
-  int n = 0;
-  for (; n + 8 <= there; n += 8) add_rows<V, E, 8, false>(acc, edges + n, rows, row_bytes);
-  if (n + 4 <= there) add_rows<V, E, 4, false>(acc, edges + n, rows, row_bytes), n += 4;
-  for (; n < count; n += 4) add_rows<V, E, 4, true>(acc, edges + n, rows, row_bytes);
-}
-
-// Where a lane's unit of the rows of a batch and head begins.
-template <class V>
-__device__ char* unit_of(const Rows& rows, int64_t group, int64_t H, int64_t channel) {
-  return reinterpret_cast<char*>(static_cast<V*>(rows.data) + group / H * rows.sB + group % H * rows.sH + channel);
+#pragma unroll 1
+  for (; there >= kBatch; there -= kBatch, count -= kBatch, edges += kBatch)
+    add_rows<V, E, false>(acc, edges, rows, row_bytes);
+#pragma unroll 1
+  for (; count > 0; count -= kBatch, edges += kBatch) add_rows<V, E, true>(acc, edges, rows, row_bytes);
 }
 
 }  // namespace dfn::gather

@@ -21,6 +21,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Keeps the compiler from computing what follows from x before a loop, in registers that are wanted there.
 __device__ __forceinline__ void keep_here(unsigned& x) { asm volatile("" : "+r"(x)); }
+// The pointer, as one number: lest each address is summed up of its parts again.
+__device__ __forceinline__ const char* as_one(const char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
+// The whole product of two 32-bit numbers, in one instruction; the compiler ends up in 64-bit products by itself.
+__device__ __forceinline__ uint64_t multiply_wide(uint32_t x, uint32_t y) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+  return product;
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 // Read-only for the kernel; volatile, so that what follows waits in the order of the loads.

@@ -32,7 +32,7 @@ def gaussian_gather_backward(
     starts: Tensor | None, edges: Tensor | None, normalize: bool, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if starts is None and wanted & BY_ENTITY:
-        starts, edges = _native.cuda.gather_lists(indices, positions.shape[2])
+        starts, edges = _native.cuda.gather_lists(indices, positions.shape[2], query_order)
     return _native.cuda.gaussian_gather_backward(
         _near_rows(grad), positions, queries, _near_rows(values), indices, sigma, influence, sq_dists,
         query_order, entity_order, starts, edges, normalize, wanted, HUB,
@@ -55,8 +55,9 @@ def lists_shape(B: int, H: int, N: int, M: int, k: int) -> tuple[tuple[int, ...]
 
 
 def transpose_neighbors(indices: Tensor, query_order: Tensor, entity_order: Tensor) -> tuple[Tensor, Tensor]:
-    """For every entity the edges (query * k + slot) that point to it, ascending; the orders do not matter here.
+    """For every entity the edges (query * k + slot) that point to it, ascending. Queries are visited in their order, which
+    is faster and changes nothing.
 
     starts[list * N + n] is where those of entity n begin, the length of the longest list comes last.
     """
-    return _native.cuda.gather_lists(indices, entity_order.shape[2])
+    return _native.cuda.gather_lists(indices, entity_order.shape[2], query_order)

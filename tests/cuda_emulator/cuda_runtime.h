@@ -19,6 +19,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+inline float __uint_as_float(unsigned x) {
+  float y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
 inline void __syncthreads() {
   emulator::barrier(0, static_cast<int>(blockDim.x * blockDim.y * blockDim.z));
 }

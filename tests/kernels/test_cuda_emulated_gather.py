@@ -68,6 +68,7 @@ def test_many_queries(emulator):
     """More than a block takes."""
     compare(emulator, B=1, H=1, N=301, M=277, c=32, k=3, dtype=torch.bfloat16, order=1)
     compare(emulator, B=1, H=1, N=301, M=277, c=8, k=2, D=1)
+    compare(emulator, B=2, H=1, N=61, M=533, c=128, k=17, plan=True, multiprocessors=1)  # a warp has several turns
 
 
 @pytest.mark.parametrize("crowd", [1, 3])
@@ -245,7 +246,7 @@ def test_operators_check_what_they_are_given(emulator):
             run(*args, False)
     backward = torch.ops.dfn_cuda.gaussian_gather_backward
     grad, nothing = torch.randn(2, 3, 11, 37), (None,) * 5
-    starts, edges = torch.ops.dfn_cuda.gather_lists(i, 17)
+    starts, edges = torch.ops.dfn_cuda.gather_lists(i, 17, None)
     for lists in ((None, None, None), (None, starts, None), (None, starts[:-1], edges), (i[..., 0], starts, edges),
                   (None, starts.long(), edges)):  # fmt: skip
         with pytest.raises(RuntimeError):
