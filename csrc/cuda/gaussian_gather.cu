@@ -1,5 +1,5 @@
 // dfn_cuda's operators of the gather: from torch's tensors to the kernels. Arguments as in the CPU's operators of the same
-// names; dfn_kernels/cuda/gaussian_gather.py calls them. Compiled, but not yet run on a GPU.
+// names; dfn_kernels/cuda/gaussian_gather.py calls them.
 #include "cuda/gaussian_gather.h"
 
 #include <algorithm>
@@ -37,6 +37,7 @@ Problem describe(const Tensor& positions, const Tensor& queries, const Tensor& v
   g.list_heads = indices.size(1), g.M = indices.size(2), g.k = indices.size(3), g.c = values.size(3);
   STD_TORCH_CHECK(g.list_heads == g.H || g.list_heads == 1, "indices: expected one list for each head, or one for all");
   STD_TORCH_CHECK(g.N <= kInt && g.M <= kInt && g.c <= kInt && g.k <= 1 << 20 && g.D <= 1 << 20, "gaussian_gather: a size is above 2^31 - 1");
+  STD_TORCH_CHECK(g.H * g.c <= kInt / 8, "values: expected fewer channels: rows of the output are too far apart");
   check_dense(positions, "positions", real, {g.B, g.H, g.N, g.D});
   check_dense(queries, "queries", real, {g.B, g.H, g.M, g.D});
   check_dense(indices, "indices", ScalarType::Long, {g.B, g.list_heads, g.M, g.k});

@@ -58,126 +58,132 @@ __device__ __forceinline__ int most_of_groups(int x, int lanes) {
 
 // A lane looks up S edges at a time. ManyDims: more than a lane keeps sums of.
 template <class V, int E, int S, bool ManyDims>
-__global__ void __launch_bounds__(32 * kWarps, ManyDims || sizeof(V) == 8 || (E == 4 && S == 4) ? 2 : 3)
+__global__ void __launch_bounds__(32 * kWarps, ManyDims || sizeof(V) == 8 ? 2 : 3)
     entities_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane & (t.lanes - 1), own = lane >> t.lane_bits;
   const int c = static_cast<int>(g.c), D = static_cast<int>(g.D), hub = static_cast<int>(g.hub), share = S * t.lanes;
   const Group group(g, blockIdx.x / t.blocks);
-  const unsigned turn = ((blockIdx.x - group.number * t.blocks) * kWarps + warp) * (32 >> t.lane_bits) + own;
+  const unsigned block = blockIdx.x - group.number * t.blocks;
   Edge<A>* edges = reinterpret_cast<Edge<A>*>(ptx::shared_memory() + warp * t.warp_bytes);
   A* slopes = reinterpret_cast<A*>(edges + (32 >> t.lane_bits) * t.stride) + own * t.stride;  // with ManyDims
   edges += own * t.stride;
 
-  Run run;
-  const int piece = turn < g.pieces ? static_cast<int>(turn) : -1;
-  if (piece >= 0) {
-    if (has_hubs(g)) run = piece_of(g, group.list, turn);
-  } else if (turn < g.pieces + g.N) {
-    const int n = static_cast<int>(turn - g.pieces);
-    run = all_of(g, group.list, g.entity_order ? g.entity_order[group.list * g.N + n] : n);
-    if (run.end - run.begin > hub) run = {};
-  }
   const bool moves = g.grad_positions || g.grad_influence;
   const Slope<A>* edge_slopes = as<const Slope<A>>(g.slopes) + group.number * g.M * g.k;
   const A* queries = as<const A>(g.queries) + group.number * g.M * g.D;
-  const int64_t row = group.number * g.N + (run.n < 0 ? 0 : run.n);
-  const A* position = as<const A>(g.positions) + row * g.D;
-  A here[kFewDims] = {};
-#pragma unroll
-  for (int a = 0; !ManyDims && a < kFewDims; ++a)
-    if (g.grad_positions && a < D) here[a] = position[a];
-  // Not before they are wanted: registers are few.
-  const auto part = [&] { return as<A>(g.parts) + (group.number * g.pieces + piece) * (g.c + g.D + 1); };
-  const auto grad_position = [&] { return piece >= 0 ? part() + g.c : as<A>(g.grad_positions) + row * g.D; };
-  const auto influence = [&] {  // whom nobody lists may hold NaN
-    return piece >= 0 || !g.influence || run.begin == run.end ? A(1) : as<const A>(g.influence)[row];
-  };
-  const int length = static_cast<int>(run.end - run.begin);  // at most `hub`
-  const int longest = most_of_groups(length, t.lanes);
+  const A* positions = as<const A>(g.positions) + group.number * g.N * g.D;
   const char* grads = group.rows<V>(g.grad);
-  A grad_near[kFewDims] = {}, grad_influence = 0;
-  for (int c0 = 0; c0 == 0 || (g.grad_values.data && c0 < c); c0 += t.lanes * E) {
-    const bool live = c0 + l * E < c;
-    const char* rows = ptx::as_one(grads + (live ? c0 + l * E : c - E) * int{sizeof(V)});  // beyond the end: read along
-    A acc[E] = {};
-    for (int start = 0; start < longest; start += share) {
-      // All numbers of edges, then all that is known of them, before any of it is used.
-      int64_t number[S];
-      Slope<A> known[S];
-      int from[S];
-      A near[S][kFewDims] = {};
+  const A sigma = width_of(as<const A>(g.sigma)[group.h]);
+  for (int turn = 0; turn < t.turns; ++turn) {
+    const unsigned first = ((block * t.turns + turn) * kWarps + warp) * (32 >> t.lane_bits), number = first + own;
+    if (first >= g.pieces + g.N) return;
+    Run run;
+    const int piece = number < g.pieces ? static_cast<int>(number) : -1;
+    if (piece >= 0) {
+      if (has_hubs(g)) run = piece_of(g, group.list, number);
+    } else if (number < g.pieces + g.N) {
+      const int n = static_cast<int>(number - g.pieces);
+      run = all_of(g, group.list, g.entity_order ? g.entity_order[group.list * g.N + n] : n);
+      if (run.end - run.begin > hub) run = {};
+    }
+    const int64_t row = group.number * g.N + (run.n < 0 ? 0 : run.n);
+    const A* position = row_of(positions, run.n < 0 ? 0 : run.n, t.point_bytes);
+    A here[kFewDims] = {};
 #pragma unroll
-      for (int i = 0; i < S; ++i) {
-        const int s = start + i * t.lanes + l;
-        number[i] = s < length ? at(g.edges, g.wide, run.begin + s) : -1;
-      }
+    for (int a = 0; !ManyDims && a < kFewDims; ++a)
+      if (g.grad_positions && a < D) here[a] = position[a];
+    // Not before they are wanted: registers are few.
+    const auto part = [&] { return as<A>(g.parts) + (group.number * g.pieces + piece) * (g.c + g.D + 1); };
+    const auto grad_position = [&] { return piece >= 0 ? part() + g.c : as<A>(g.grad_positions) + row * g.D; };
+    const auto influence = [&] {  // whom nobody lists may hold NaN
+      return piece >= 0 || !g.influence || run.begin == run.end ? A(1) : as<const A>(g.influence)[row];
+    };
+    const int length = static_cast<int>(run.end - run.begin);  // at most `hub`
+    const int longest = most_of_groups(length, t.lanes);
+    A grad_near[kFewDims] = {}, grad_influence = 0;
+    for (int c0 = 0; c0 == 0 || (g.grad_values.data && c0 < c); c0 += t.lanes * E) {
+      const bool live = c0 + l * E < c;
+      const char* rows = ptx::as_one(grads + (live ? c0 + l * E : c - E) * int{sizeof(V)});  // beyond the end: read along
+      A acc[E] = {};
+      for (int start = 0; start < longest; start += share) {
+        // All numbers of edges, then all that is known of them, before any of it is used.
+        int64_t numbers[S];
+        Slope<A> known[S];
+        int from[S];
+        A near[S][kFewDims] = {};
 #pragma unroll
-      for (int i = 0; i < S; ++i) {
-        known[i] = {0, 0}, from[i] = -1;
-        if (number[i] < 0) continue;
-        known[i] = edge_slopes[number[i]];
-        from[i] = static_cast<int>(g.wide ? number[i] / g.k : t.by_k.of(static_cast<uint32_t>(number[i])));
-        const A* q = row_of(queries, from[i], t.point_bytes);
-#pragma unroll
-        for (int a = 0; !ManyDims && a < kFewDims; ++a)
-          if (g.grad_positions && c0 == 0 && a < D) near[i][a] = q[a];
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < S; ++i) {
-        edges[i * t.lanes + l] = {known[i].weight, from[i]};
-        if (ManyDims) slopes[i * t.lanes + l] = known[i].slope;
-        if (!moves || c0 > 0) continue;
-        grad_influence += known[i].slope;
-#pragma unroll
-        for (int a = 0; !ManyDims && a < kFewDims; ++a)
-          if (known[i].slope != 0) grad_near[a] += known[i].slope * (near[i][a] - here[a]);  // one too far may be infinitely so
-      }
-      __syncwarp();
-      const int left = length - start, count = left < 0 ? 0 : left < share ? left : share;
-      if (g.grad_values.data)
-        add_all_rows<V, E>(acc, edges, most_of_groups(count, t.lanes), -most_of_groups(-count, t.lanes), rows, t.grad_bytes);
-      if (ManyDims && g.grad_positions && c0 == 0)  // a lane for each dimension
-        for (int a = l; a < D && run.n >= 0; a += t.lanes) {
-          A sum = start > 0 ? grad_position()[a] : A(0);
-          for (int s = 0; s < count; ++s)
-            if (slopes[s] != 0) sum += slopes[s] * (row_of(queries, edges[s].row, t.point_bytes)[a] - position[a]);
-          grad_position()[a] = sum;
+        for (int i = 0; i < S; ++i) {
+          const int s = start + i * t.lanes + l;
+          numbers[i] = s < length ? at(g.edges, g.wide, run.begin + s) : -1;
         }
-    }
-    if (run.n < 0 || !live || !g.grad_values.data) continue;
-    const A factor = influence();
 #pragma unroll
-    for (int i = 0; i < E; ++i) {
-      if (piece >= 0)
-        part()[c0 + l * E + i] = acc[i];
-      else
-        acc[i] *= factor;
+        for (int i = 0; i < S; ++i) {
+          known[i] = {0, 0}, from[i] = -1;
+          if (numbers[i] < 0) continue;
+          known[i] = edge_slopes[numbers[i]];
+          from[i] = static_cast<int>(g.wide ? numbers[i] / g.k : t.by_k.of(static_cast<uint32_t>(numbers[i])));
+          const A* q = row_of(queries, from[i], t.point_bytes);
+#pragma unroll
+          for (int a = 0; !ManyDims && a < kFewDims; ++a)
+            if (g.grad_positions && c0 == 0 && a < D) near[i][a] = q[a];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+          edges[i * t.lanes + l] = {known[i].weight, from[i]};
+          if (ManyDims) slopes[i * t.lanes + l] = known[i].slope;
+          if (!moves || c0 > 0) continue;
+          grad_influence += known[i].slope;
+#pragma unroll
+          for (int a = 0; !ManyDims && a < kFewDims; ++a)
+            if (known[i].slope != 0) grad_near[a] += known[i].slope * (near[i][a] - here[a]);  // one too far may be infinitely so
+        }
+        __syncwarp();
+        const int left = length - start, count = left < 0 ? 0 : left < share ? left : share;
+        if (g.grad_values.data)
+          add_all_rows<V, E>(acc, edges, most_of_groups(count, t.lanes), -most_of_groups(-count, t.lanes), rows, t.grad_bytes);
+        if (ManyDims && g.grad_positions && c0 == 0)  // a lane for each dimension
+          for (int a = l; a < D && run.n >= 0; a += t.lanes) {
+            A sum = start > 0 ? grad_position()[a] : A(0);
+            for (int s = 0; s < count; ++s)
+              if (slopes[s] != 0) sum += slopes[s] * (row_of(queries, edges[s].row, t.point_bytes)[a] - position[a]);
+            grad_position()[a] = sum;
+          }
+      }
+      if (run.n < 0 || !live || !g.grad_values.data) continue;
+      const A factor = influence();
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        if (piece >= 0)
+          part()[c0 + l * E + i] = acc[i];
+        else
+          acc[i] *= factor;
+      }
+      if (piece < 0)
+        Unit<V, E>::store(row_of(group.rows<V>(g.grad_values), run.n, t.grad_value_bytes) + (c0 + l * E) * int{sizeof(V)}, acc);
     }
-    if (piece < 0)
-      Unit<V, E>::store(row_of(group.rows<V>(g.grad_values), run.n, t.grad_value_bytes) + (c0 + l * E) * int{sizeof(V)}, acc);
-  }
 
-  if (!moves) return;
-  grad_influence = sum_over(grad_influence, t.lanes);
+    if (!moves) continue;
+    if (g.grad_influence) grad_influence = sum_over(grad_influence, t.lanes);
 #pragma unroll
-  for (int a = 0; !ManyDims && a < kFewDims; ++a) grad_near[a] = sum_over(grad_near[a], t.lanes);
-  if (run.n < 0) return;
-  const A sigma = width_of(as<const A>(g.sigma)[group.h]), scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
-  if (ManyDims) {
-    for (int a = l; g.grad_positions && a < D; a += t.lanes)
-      grad_position()[a] = longest == 0 ? A(0) : grad_position()[a] * scale;
-  } else if (g.grad_positions && l == 0) {
+    for (int a = 0; !ManyDims && a < kFewDims; ++a) grad_near[a] = sum_over(grad_near[a], t.lanes);
+    if (run.n < 0) continue;
+    const A scale = piece >= 0 ? A(1) : influence() / (sigma * sigma);
+    if (ManyDims) {
+      for (int a = l; g.grad_positions && a < D; a += t.lanes)
+        grad_position()[a] = longest == 0 ? A(0) : grad_position()[a] * scale;
+    } else if (g.grad_positions && l == 0) {
 #pragma unroll
-    for (int a = 0; a < kFewDims; ++a)
-      if (a < D) grad_position()[a] = grad_near[a] * scale;
+      for (int a = 0; a < kFewDims; ++a)
+        if (a < D) grad_position()[a] = grad_near[a] * scale;
+    }
+    if (l > 0) continue;
+    if (piece >= 0)
+      part()[g.c + g.D] = grad_influence;
+    else if (g.grad_influence)
+      as<A>(g.grad_influence)[row] = grad_influence;
   }
-  if (l > 0) return;
-  if (piece >= 0)
-    part()[g.c + g.D] = grad_influence;
-  else if (g.grad_influence)
-    as<A>(g.grad_influence)[row] = grad_influence;
 }
 
 constexpr int kHubThreads = 256;
@@ -222,12 +228,14 @@ void backward_entities(const Problem& g) {
     Shape t = with_strides<V>(g);
     t.lanes = power_of_two((g.c + E - 1) / E, 4, 32), t.lane_bits = logarithm(t.lanes);
     const int groups = 32 / t.lanes;
-    for_share(groups, [&](auto share) {
+    for_share<3>(groups, [&](auto share) {
       constexpr int S = decltype(share)::value;
       t.stride = t.lanes * S + 2;
       const int slopes = g.D > kFewDims ? sizeof(A) : 0;
       t.warp_bytes = (groups * t.stride * (static_cast<int>(sizeof(Edge<A>)) + slopes) + 15) / 16 * 16;
-      t.blocks = static_cast<unsigned>((g.N + g.pieces + kWarps * groups - 1) / (kWarps * groups));
+      t.turns = turns_of(g.B * g.H * ((g.N + g.pieces - 1) / (kWarps * groups) + 1));
+      const int64_t block = int64_t{kWarps} * groups * t.turns;
+      t.blocks = static_cast<unsigned>((g.N + g.pieces + block - 1) / block);
       launch("gaussian_gather", g.D > kFewDims ? entities_kernel<V, E, S, true> : entities_kernel<V, E, S, false>,
              Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
     });

@@ -6,7 +6,7 @@ namespace {
 
 // Chunked: a query has more neighbours than there are slots, so weights are made where they are used.
 template <class V, int E, int S, bool Chunked>
-__global__ void __launch_bounds__(32 * kWarps, Chunked ? 2 : sizeof(V) == 8 ? 3 : 4)
+__global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? (S == 4 ? 1 : 2) : Chunked ? 2 : 4)
     forward_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -67,7 +67,7 @@ void forward(const Problem& g) {
     using V = decltype(v);
     constexpr int E = decltype(elements)::value;
     const Shape t = shape_of<V, E>(g, [](const Shape&) { return 0; });
-    for_share(t.slots / t.width, [&](auto share) {
+    for_share<4>(t.slots / t.width, [&](auto share) {
       constexpr int S = decltype(share)::value;
       launch("gaussian_gather", t.chunks > 1 ? forward_kernel<V, E, S, true> : forward_kernel<V, E, S, false>,
              Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);

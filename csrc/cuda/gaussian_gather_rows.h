@@ -5,6 +5,8 @@
 //
 // Instructions are what these kernels run out of first: a row of 128 bytes costs a warp 5 beside its arithmetic. So numbers
 // of rows have 32 bits, sizes that a lane divides by are powers of two, and nothing is computed twice for each edge.
+//
+// Compiled, and run in the tests' emulator. On a GPU (H200) an earlier form was right; this one has not yet run there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -181,11 +183,11 @@ inline int logarithm(int power) {
   return bits;
 }
 
-// To find its place takes a block as long as a third of a turn; too few blocks leave multiprocessors idle.
+// How many times a block takes queries, out of `blocks` times in all. Its start takes it a third of a turn. And it takes as
+// long as any other: so many blocks that they come in whole waves, of as many as run at a time.
 inline int turns_of(int64_t blocks) {
-  constexpr int most = 16, at_least = 16;  // blocks for each multiprocessor
-  const int64_t turns = blocks / (int64_t{at_least} * multiprocessors());
-  return static_cast<int>(turns < 1 ? 1 : turns > most ? most : turns);
+  const int64_t most = int64_t{16} * multiprocessors();  // 4 waves of 4 blocks, 8 of 2
+  return static_cast<int>(blocks > most ? (blocks + most - 1) / most : 1);
 }
 
 template <class V>
@@ -211,7 +213,7 @@ Shape shape_of(const Problem& g, More more) {
   t.stride = t.slots + 2;
   t.chunks = static_cast<int>((g.k + t.slots - 1) / t.slots);
   t.warp_bytes = (t.queries * (t.stride * int{sizeof(Edge<Real<V>>)} + more(t)) + 15) / 16 * 16;
-  t.turns = turns_of(g.B * g.H * (g.M / (kWarps * t.queries)));
+  t.turns = turns_of(g.B * g.H * ((g.M - 1) / (kWarps * t.queries) + 1));
   const int64_t block = int64_t{kWarps} * t.queries * t.turns;
   t.blocks = static_cast<unsigned>((g.M + block - 1) / block);
   return t;
@@ -237,13 +239,13 @@ void for_dtype(const Problem& g, Body body) {
     case Dtype::f64: return call(double{});
   }
 }
-// Calls body with how many neighbours a lane looks up.
-template <class Body>
+// Calls body with how many neighbours a lane looks up: `share`, but `Most` instead of more than 2.
+template <int Most, class Body>
 void for_share(int share, Body body) {
   switch (share) {
     case 1: return body(Number<1>{});
     case 2: return body(Number<2>{});
-    default: return body(Number<4>{});
+    default: return body(Number<Most>{});
   }
 }
 
