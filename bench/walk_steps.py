@@ -53,7 +53,7 @@ def count(library: ctypes.CDLL, x: torch.Tensor, k: int, causal: bool, packets: 
     library.walk_steps(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(N), D, k, int(causal), tree.LEAF, tree.FAN, walk.seeds(k),
         3 * tree.LEAF, bits, real(tree.MIDDLE), real(tree.REACH), tree.FIRST, tree.EARLY,
-        max(1, triton.cdiv(N, 32 * packets)), out,
+        max(1, triton.cdiv(N, 32 * packets)), real(walk.JUMP), out,
     )  # fmt: skip
     _, steps, tests, leaves, thinned, moved, batches, zeros, most = out
     point, test = 3 * D + 10, 32 + 8 * D
