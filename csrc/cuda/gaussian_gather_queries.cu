@@ -50,7 +50,7 @@ __device__ __forceinline__ void dot_all_rows(Real<V>* parts, bool add, const Rea
 }
 
 template <class V, int E, int S, bool Chunked>
-__global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S == 4 ? 2 : S == 2 && E == 1 ? 3 : 4)
+__global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S == 4 ? 2 : E == 1 ? 3 : 4)
     queries_kernel(const __grid_constant__ Problem g, const __grid_constant__ Shape t) {
   using A = Real<V>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
