@@ -36,7 +36,8 @@ Problem describe(const Tensor& positions, const Tensor& queries, const Tensor& v
   g.B = positions.size(0), g.H = positions.size(1), g.N = positions.size(2), g.D = positions.size(3);
   g.list_heads = indices.size(1), g.M = indices.size(2), g.k = indices.size(3), g.c = values.size(3);
   STD_TORCH_CHECK(g.list_heads == g.H || g.list_heads == 1, "indices: expected one list for each head, or one for all");
-  STD_TORCH_CHECK(g.N <= kInt && g.M <= kInt && g.c <= kInt && g.k <= 1 << 20 && g.D <= 1 << 20, "gaussian_gather: a size is above 2^31 - 1");
+  STD_TORCH_CHECK(g.N <= kInt && g.M <= kInt && g.c <= kInt, "gaussian_gather: a size is above 2^31 - 1");
+  STD_TORCH_CHECK(g.k <= 1 << 20 && g.D <= 1 << 20, "gaussian_gather: expected at most 2^20 neighbours and dimensions");
   STD_TORCH_CHECK(g.H * g.c <= kInt / 8, "values: expected fewer channels: rows of the output are too far apart");
   check_dense(positions, "positions", real, {g.B, g.H, g.N, g.D});
   check_dense(queries, "queries", real, {g.B, g.H, g.M, g.D});

@@ -1,5 +1,5 @@
-// Gaussian gather, forward. How a warp works: gaussian_gather_rows.h.
-#include "cuda/gaussian_gather_rows.h"
+// Gaussian gather, forward. How a warp works: gaussian_gather_weights.h.
+#include "cuda/gaussian_gather_weights.h"
 
 namespace dfn::gather {
 namespace {

@@ -139,8 +139,9 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ 
   if (turn >= g.lists * g.things) return;
   const Index thing = thing_of(g, static_cast<Index>(turn));
   const int64_t place = place_of<Index, Target>(g, thing);
-  if (place >= 0)
-    as<Index>(g.scratch)[as<const Index>(g.starts)[place] + as<const Index>(g.edges)[thing]] = thing % static_cast<Index>(g.things);
+  if (place < 0) return;
+  const Index to = as<const Index>(g.starts)[place] + as<const Index>(g.edges)[thing];
+  as<Index>(g.scratch)[to] = thing % static_cast<Index>(g.things);
 }
 
 // Each thing goes to where the number of smaller ones says.

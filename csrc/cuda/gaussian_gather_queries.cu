@@ -1,6 +1,6 @@
 // Gaussian gather, backward by query: how the loss moves with each weight, from one read of the values; then all that is
 // the query's own, and weight and slope of each edge for the pass by entity.
-#include "cuda/gaussian_gather_rows.h"
+#include "cuda/gaussian_gather_weights.h"
 
 namespace dfn::gather {
 namespace {
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S
           unit.clear();
         A grad[E];
         unit.get(grad);
-        dot_all_rows<V, E>(along + served * along_stride + l, c0 > 0, grad, live, l, t, edges + served * t.stride, count_of(chunk),
-                           all && c0 + t.lanes * E <= c, ptx::as_one(values + at));
+        dot_all_rows<V, E>(along + served * along_stride + l, c0 > 0, grad, live, l, t, edges + served * t.stride,
+                           count_of(chunk), all && c0 + t.lanes * E <= c, ptx::as_one(values + at));
       }
     }
     __syncwarp();

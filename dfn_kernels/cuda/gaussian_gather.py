@@ -55,8 +55,9 @@ def lists_shape(B: int, H: int, N: int, M: int, k: int) -> tuple[tuple[int, ...]
 
 
 def transpose_neighbors(indices: Tensor, query_order: Tensor, entity_order: Tensor) -> tuple[Tensor, Tensor]:
-    """For every entity the edges (query * k + slot) that point to it, ascending. Queries are visited in their order, which
-    is faster and changes nothing.
+    """For every entity the edges (query * k + slot) that point to it, ascending.
+
+    That queries are visited in their order is faster and changes nothing.
 
     starts[list * N + n] is where those of entity n begin, the length of the longest list comes last.
     """

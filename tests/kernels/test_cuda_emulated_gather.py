@@ -18,7 +18,7 @@ from helpers import DEVICE, INTERPRETED, backends, check_against_reference, leav
 
 import dfn_kernels
 
-HEADER = CSRC / "cuda" / "gaussian_gather_rows.h"
+HEADERS = [CSRC / "cuda" / f"gaussian_gather_{name}.h" for name in ("rows", "weights")]
 pytestmark = [
     pytest.mark.skipif(
         INTERPRETED or DEVICE != "cpu" or shutil.which("g++") is None, reason="wants g++ and tensors on the CPU"
@@ -312,12 +312,16 @@ SWAPS = {
 def outcome(folder, objects, change=lambda text: text) -> subprocess.CompletedProcess:
     """The cases of cuda_emulated_gather on sources with a change; what stays as it is has been compiled."""
     (folder / "cuda").mkdir()  # a quoted include is looked for beside the including file first
-    header = change(HEADER.read_text())
-    (folder / "cuda" / HEADER.name).write_text(header)
+    changed = []
+    for header in HEADERS:
+        text = header.read_text()
+        (folder / "cuda" / header.name).write_text(change(text))
+        if change(text) != text or any(name in text for name in changed):
+            changed.append(header.name)
     anew, ready = [], []
     for source in SOURCES:
         text = source.read_text()
-        if change(text) != text or (header != HEADER.read_text() and HEADER.name in text):
+        if change(text) != text or any(name in text for name in changed):
             (folder / source.name).write_text(change(text))
             anew.append(folder / source.name)
         else:
@@ -336,7 +340,7 @@ def test_unchanged_kernels_pass_what_the_errors_must_not(emulator, tmp_path):
 @pytest.mark.parametrize("error", SWAPS)
 def test_deliberate_errors_show(emulator, error, tmp_path):
     old, new = SWAPS[error]
-    found = sum(path.read_text().count(old) for path in (HEADER, *SOURCES))
+    found = sum(path.read_text().count(old) for path in (*HEADERS, *SOURCES))
     assert found == 1, f"{error}: what is to be replaced is there {found} times"
     done = outcome(tmp_path, emulator.folder, lambda text: text.replace(old, new))
     assert done.returncode != 0, "nothing noticed"
