@@ -146,7 +146,8 @@ struct Query {
     for (int i = 0; i < S; ++i) {
       const A x = (sq_dists[i] - least) * scale;
       exponent[i] = x > A(kFar) ? A(kFar) : x;
-      weight[i] = exponential(-exponent[i]);  // 0 of nobody, who is infinitely far away
+      weight[i] = exponential(-exponent[i]);
+      if (row[i] < 0) weight[i] = 0;  // whatever sigma is
       sum += weight[i] * influence[i];
     }
     return sum;
