@@ -228,17 +228,21 @@ void backward_entities(const Problem& g) {
     Shape t = with_strides<V>(g);
     t.lanes = power_of_two((g.c + E - 1) / E, 4, 32), t.lane_bits = logarithm(t.lanes);
     const int groups = 32 / t.lanes;
-    for_share<3>(groups, [&](auto share) {
+    const auto run = [&](auto share, auto many) {
       constexpr int S = decltype(share)::value;
+      constexpr bool ManyDims = decltype(many)::value;
       t.stride = t.lanes * S + 2;
-      const int slopes = g.D > kFewDims ? sizeof(A) : 0;
-      t.warp_bytes = (groups * t.stride * (static_cast<int>(sizeof(Edge<A>)) + slopes) + 15) / 16 * 16;
+      t.warp_bytes = (groups * t.stride * static_cast<int>(sizeof(Edge<A>) + (ManyDims ? sizeof(A) : 0)) + 15) / 16 * 16;
       t.turns = turns_of(g.B * g.H * ((g.N + g.pieces - 1) / (kWarps * groups) + 1));
       const int64_t block = int64_t{kWarps} * groups * t.turns;
       t.blocks = static_cast<unsigned>((g.N + g.pieces + block - 1) / block);
-      launch("gaussian_gather", g.D > kFewDims ? entities_kernel<V, E, S, true> : entities_kernel<V, E, S, false>,
+      launch("gaussian_gather", entities_kernel<V, E, S, ManyDims>,
              Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);
-    });
+    };
+    if (g.D > kFewDims)
+      run(Number<3>{}, std::true_type{});
+    else  // a list is not much longer than 16, most of the time
+      for_share<3, E == 1>(groups, [&](auto share) { run(share, std::false_type{}); });
     const int64_t all = g.B * g.H * g.pieces, most = int64_t{8} * multiprocessors();
     if (all > 0) launch("gaussian_gather", hubs_kernel<V>,
                         Grid{all < most ? all : most, kHubThreads, 0, g.stream}, g);

@@ -67,7 +67,7 @@ void forward(const Problem& g) {
     using V = decltype(v);
     constexpr int E = decltype(elements)::value;
     const Shape t = shape_of<V, E>(g, [](const Shape&) { return 0; });
-    for_share<4>(t.slots / t.width, [&](auto share) {
+    for_share<kMostShare, E == 1>(t.slots / t.width, [&](auto share) {
       constexpr int S = decltype(share)::value;
       launch("gaussian_gather", t.chunks > 1 ? forward_kernel<V, E, S, true> : forward_kernel<V, E, S, false>,
              Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);

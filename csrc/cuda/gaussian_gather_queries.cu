@@ -201,7 +201,7 @@ void backward_queries(const Problem& g) {
     using A = Real<V>;
     constexpr int E = decltype(elements)::value;
     const Shape t = shape_of<V, E>(g, [](const Shape& t) { return t.slots * t.lanes / kBatch * int{sizeof(A)}; });
-    for_share<4>(t.slots / t.width, [&](auto share) {
+    for_share<kMostShare, E == 1>(t.slots / t.width, [&](auto share) {
       constexpr int S = decltype(share)::value;
       launch("gaussian_gather", t.chunks > 1 ? queries_kernel<V, E, S, true> : queries_kernel<V, E, S, false>,
              Grid{g.B * g.H * t.blocks, 32 * kWarps, static_cast<size_t>(kWarps) * t.warp_bytes, g.stream}, g, t);

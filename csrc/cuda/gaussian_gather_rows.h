@@ -200,7 +200,7 @@ Shape with_strides(const Problem& g) {
   return t;
 }
 
-// Calls body with a value of the dtype and, as its second argument's type, the number of them in a unit.
+// Calls body with a value of the dtype and, as its second argument's type, the number of them in a unit: one of float64.
 template <int N>
 struct Number {
   static constexpr int value = N;
@@ -217,17 +217,18 @@ void for_dtype(const Problem& g, Body body) {
     case Dtype::f16: return call(__half{});
     case Dtype::bf16: return call(__nv_bfloat16{});
     case Dtype::f32: return call(float{});
-    case Dtype::f64: return call(double{});
+    case Dtype::f64: return body(double{}, Number<1>{});
   }
 }
-// Calls body with how many neighbours a lane looks up: `share`, but `Most` instead of more than 2.
-template <int Most, class Body>
+// Calls body with how many neighbours a lane looks up: 1, 2 or `Most`, whichever `share` is. Where it is not worth kernels
+// of its own, always `Most`.
+template <int Most, bool Always, class Body>
 void for_share(int share, Body body) {
-  switch (share) {
-    case 1: return body(Number<1>{});
-    case 2: return body(Number<2>{});
-    default: return body(Number<Most>{});
+  if constexpr (!Always) {
+    if (share == 1) return body(Number<1>{});
+    if (share == 2) return body(Number<2>{});
   }
+  return body(Number<Most>{});
 }
 
 // A batch and head.

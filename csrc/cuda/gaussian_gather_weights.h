@@ -6,13 +6,15 @@
 
 namespace dfn::gather {
 
+constexpr int kMostShare = 4;  // neighbours that a lane looks up
+
 // `more`: bytes of shared memory that a query wants beside its edges.
 template <class V, int E, class More>
 Shape shape_of(const Problem& g, More more) {
   Shape t = with_strides<V>(g);
   t.slots = power_of_two(g.k, 4, kMostSlots);
   t.lanes = power_of_two((g.c + E - 1) / E, t.slots > 16 ? 8 : 4, 32);
-  t.width = t.lanes < t.slots ? t.lanes : t.slots;
+  t.width = E == 1 ? t.slots / kMostShare : t.lanes < t.slots ? t.lanes : t.slots;
   t.queries = 32 / t.width;
   t.lane_bits = logarithm(t.lanes), t.width_bits = logarithm(t.width);
   t.stride = t.slots + 2;
