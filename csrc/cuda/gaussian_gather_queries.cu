@@ -9,7 +9,7 @@ namespace {
 // the sum number l / (lanes / kBatch).
 template <class A>
 __device__ __forceinline__ A part_of_sums(const A (&sums)[kBatch], unsigned l, unsigned lanes) {
-  static_assert(kBatch == 4);
+  static_assert(kBatch == 4 && kFewDims == 3);
   const bool upper = l & (lanes / 2), odd = l & (lanes / 4);
   const A low = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(kAll, upper ? sums[0] : sums[2], lanes / 2);
   const A high = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(kAll, upper ? sums[1] : sums[3], lanes / 2);
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S
 
   Slope<A>* slopes = as<Slope<A>>(g.slopes) + group.number * g.M * g.k;
   A* grad_queries = as<A>(g.grad_queries) + group.number * g.M * g.D;
+  const A by_sigma = 2 / width_of(as<const A>(g.sigma)[group.h]);
   const bool needs_away = g.grad_queries && D <= kFewDims;
   query.prepare(block * t.turns * kWarps + warp);
   for (int turn = 0; turn < t.turns; ++turn) {
@@ -177,18 +178,15 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(V) == 8 ? 1 : Chunked || S
         __syncwarp();
       }
     }
-    if (g.grad_sigma_rows) {
-      grad_sigma = sum_over(grad_sigma, t.width);
-      const A sigma = width_of(as<const A>(g.sigma)[group.h]);
-      if (query.lane == 0 && m >= 0) as<A>(g.grad_sigma_rows)[group.number * g.M + m] = grad_sigma * 2 / sigma;
-    }
-    if (needs_away) {
-#pragma unroll
-      for (int a = 0; a < kFewDims; ++a) {
-        if (a >= D) break;
-        const A sum = sum_over(grad_query[a], t.width);
-        if (query.lane == 0 && m >= 0) row_of(grad_queries, m, t.point_bytes)[a] = -2 * query.scale * sum;
-      }
+    // A quarter of the lanes sums up and writes each.
+    const A sums[] = {grad_query[0], grad_query[1], grad_query[2], grad_sigma};
+    const A sum = sum_over<32 / kBatch>(part_of_sums(sums, query.lane, t.width), t.width / kBatch);
+    const int which = query.lane >> (t.width_bits - 2);
+    if (m < 0 || (query.lane & (t.width / kBatch - 1)) > 0) continue;
+    if (which < kFewDims) {
+      if (needs_away && which < D) row_of(grad_queries, m, t.point_bytes)[which] = -2 * query.scale * sum;
+    } else if (g.grad_sigma_rows) {
+      as<A>(g.grad_sigma_rows)[group.number * g.M + m] = sum * by_sigma;
     }
   }
 }

@@ -12,7 +12,7 @@ constexpr int kMostShare = 4;  // neighbours that a lane looks up
 template <class V, int E, class More>
 Shape shape_of(const Problem& g, More more) {
   Shape t = with_strides<V>(g);
-  t.slots = power_of_two(g.k, 4, kMostSlots);
+  t.slots = power_of_two(g.k, E == 1 ? 4 * kMostShare : 4, kMostSlots);  // so `width` is 4 at least
   t.lanes = power_of_two((g.c + E - 1) / E, t.slots > 16 ? 8 : 4, 32);
   t.width = E == 1 ? t.slots / kMostShare : t.lanes < t.slots ? t.lanes : t.slots;
   t.queries = 32 / t.width;
