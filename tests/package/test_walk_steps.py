@@ -1,4 +1,4 @@
-"""What a packet of the GPU's search does on hostile sets, as bench/walk_steps counts it: no packet holds all others up."""
+"""What packets of the GPU's search do on hostile sets, as bench/walk_steps counts it: none holds all others up."""
 
 import pytest
 import torch

@@ -4,8 +4,9 @@ A key is (distance bits << 32 | index): an integer, and keys order as neighbours
 of the k is put at the end of the lane's list, one store; a list that is nearly full is sorted and merged, K keys at a
 time, by networks of min and max in registers. All lanes do the same, whatever their keys are.
 
-Up to THINNED keys the list is first thinned: the smallest distances, 32 bits wide and in registers, tell which of its keys
-are still wanted, for a third of what merging them costs. Only what is left at the end is merged, or if too many tie.
+Up to THINNED keys the list is first thinned: the smallest distances, 32 bits wide and in registers, tell which of its
+keys are still wanted, for a third of what merging them costs. Only what is left at the end is merged, or if too many
+tie.
 
 A program's memory: CAP list entries, then `kept` best keys, a multiple of K; entry s of lane l is at s LANES + l. The
 first kept - k of the best are -1, so that the last one is the k-th of what was found.
@@ -191,12 +192,12 @@ def options(registers: int) -> dict[str, object]:
 
 @functools.cache
 def resident(device: torch.device, registers: int) -> int:
-    """Programs that run at a time, of one warp each. More would begin when others have ended, and end later than all."""
+    """Programs of one warp that run at a time. More would begin when others have ended, and end after all of them."""
     on_gpu = device.type == "cuda"
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
     return multiprocessors * (REGISTERS // registers)
 
 
 def programs(work: int, entries: int, device: torch.device, registers: int) -> int:
-    """How many share the work, each with so many entries of memory a lane, which it uses for one piece after another."""
+    """How many share the work, each with so many entries of memory a lane, which it uses for piece after piece."""
     return max(1, min(resident(device, registers), work, MOST_MEMORY // (entries * LANES * 8)))

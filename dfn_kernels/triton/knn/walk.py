@@ -275,8 +275,8 @@ def walk_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
-# The order jumps where one gap is longer than half of all others of the packet: cut there, it walks two short ways instead
-# of testing all that lies between.
+# The order jumps where one gap is longer than half of all others of the packet: cut there, it walks two short ways
+# instead of testing all that lies between.
 JUMP = 3.0
 
 
