@@ -184,7 +184,7 @@ inline int logarithm(int power) {
 // How many times a block takes queries, out of `blocks` times in all. Its start takes it a third of a turn. And it takes as
 // long as any other: so many blocks that they come in whole waves, of as many as run at a time.
 inline int turns_of(int64_t blocks) {
-  const int64_t most = int64_t{16} * multiprocessors();  // 4 waves of 4 blocks, 8 of 2
+  const int64_t most = int64_t{12} * multiprocessors();  // 3 waves of 4 blocks, 4 of 3, 6 of 2
   return static_cast<int>(blocks > most ? (blocks + most - 1) / most : 1);
 }
 
