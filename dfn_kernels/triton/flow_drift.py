@@ -255,7 +255,7 @@ BACKWARD_ROWS = {"maxnreg": 168} if NO_SPILLS else {}
 
 def backward_options(tile: dict, states: torch.dtype) -> dict:
     """What keeps ptxas from spilling 8 or 16 bytes, where it aims at 168 registers, as compiling has shown."""
-    return NO_SPILLS and {"maxnreg": 192 if states.itemsize == 2 else 224} if tile["BC"] == 128 else {}
+    return NO_SPILLS and {"maxnreg": 255} if tile["BC"] == 128 else {}
 
 
 def flow_drift(
