@@ -147,7 +147,8 @@ def environment() -> str:
         "capability": f"{shape.major}.{shape.minor}",
         "multiprocessors": shape.multi_processor_count,
         "memory_gib": round(shape.total_memory / 2**30, 1),
-        "driver, clocks, temperature": _ask_driver("driver_version,clocks.sm,clocks.mem,temperature.gpu"),
+        "driver": _ask_driver("driver_version"),
+        "clocks, temperature": _ask_driver("clocks.sm,clocks.mem,temperature.gpu"),
         "system": platform.platform(),
         "backends": dk.backends(),
     }

@@ -27,7 +27,7 @@ struct Box {
 };
 
 struct Counts {
-  double packets = 0, steps = 0, tests = 0, leaves = 0, thinned = 0, moved = 0, batches = 0, zeros = 0, most_leaves = 0;
+  double packets = 0, steps = 0, tests = 0, leaves = 0, thinned = 0, moved = 0, batches = 0, zeros = 0, most_tests = 0;
 };
 
 Key key_of(float d, uint32_t index) {
@@ -164,7 +164,7 @@ struct Packet {
     return most;
   }
 
-  size_t K() const { return shape.k > 16 ? 8 : 1 << int(std::ceil(std::log2(std::max(4, shape.k)))); }
+  size_t K() const { return shape.k <= 4 ? 4 : shape.k <= 8 ? 8 : 16; }  // of thinning
 
   void bound() {
     worst = 0;
@@ -191,7 +191,8 @@ struct Packet {
   }
 
   void merge() {
-    batches += double((longest() + K() - 1) / K()) * double((shape.k + K() - 1) / K());
+    size_t K = shape.k > 4 ? 8 : 4;
+    batches += double((longest() + K - 1) / K) * double((shape.k + K - 1) / K);
     for (Lane& lane : lanes) {
       lane.best.insert(lane.best.end(), lane.list.begin(), lane.list.end());
       lane.list.clear();
@@ -249,10 +250,15 @@ struct Packet {
     if (longest() > size_t(shape.cap - shape.leaf)) full(false);
   }
 
-  void test(size_t leaf) {
+  bool needed(const Box& b) {
     tests++;
     for (const Lane& lane : lanes)
-      if (least(in.leaves[leaf], lane.q, lane.q, lane.limit) < lane.worst) return look_into(leaf);
+      if (least(b, lane.q, lane.q, lane.limit) < lane.worst) return true;
+    return false;
+  }
+
+  void test(size_t leaf) {
+    if (needed(in.leaves[leaf])) look_into(leaf);
   }
 
   // Children of one box, nearest first.
@@ -265,7 +271,7 @@ struct Packet {
       size_t at = std::min_element(keys.begin(), keys.end()) - keys.begin();
       if (!(keys[at] < worst)) return;
       keys[at] = kFar;
-      visit(from + at);
+      if (needed(boxes[from + at])) visit(from + at);
     }
   }
 
@@ -300,12 +306,26 @@ struct Packet {
   }
 };
 
+// Of the queries first, .. end - 1, how far they go before the order jumps.
+size_t before_jump(const float* x, int D, const std::vector<uint32_t>& rows, size_t first, size_t end, float jump) {
+  float widest = 0, sum = 0;
+  size_t at = end;
+  for (size_t l = first + 1; l < end; l++) {
+    float gap = 0;
+    for (int a = 0; a < D; a++) gap = std::max(gap, std::fabs(x[size_t(rows[l]) * D + a] - x[size_t(rows[l - 1]) * D + a]));
+    gap = std::min(gap, 1e37f);
+    sum += gap;
+    if (gap > widest) widest = gap, at = l;
+  }
+  return widest * jump > sum ? at : end;
+}
+
 }  // namespace
 
 // Per packet: packets, steps over boxes, leaves tested, leaves looked into, K distances sorted and merged into the
-// nearest, 8 keys of a list moved, K keys sorted and merged into the best, first points looked at, most leaves.
+// nearest, 8 keys of a list moved, K keys sorted and merged into the best, first points looked at, most boxes tested.
 extern "C" void walk_steps(const float* x, int64_t N, int D, int k, int causal, int leaf, int fan, int seeds, int cap,
-                           int bits, float middle, float reach, int firsts, int early, int every, double* out) {
+                           int bits, float middle, float reach, int firsts, int early, int every, float jump, double* out) {
   Shape shape{D, k, leaf, fan, cap, seeds, bits, middle, reach, int(std::min<int64_t>(firsts, N))};
   float scale;
   std::vector<Place> keys = places(x, N, shape, scale);
@@ -325,26 +345,31 @@ extern "C" void walk_steps(const float* x, int64_t N, int D, int k, int causal, 
       }
     segment.build();
     for (size_t r = 0; r < rows.size(); r += size_t(kLanes) * every) {
-      size_t n = std::min<size_t>(kLanes, rows.size() - r);
-      Packet packet{segment, shape, {}, {}};
-      for (size_t l = 0; l < n; l++)
-        packet.lanes.push_back({x + size_t(rows[r + l]) * D, causal ? rows[r + l] : ~0u});
-      packet.zeros_first();
-      packet.walk((seats[r] + seats[r + n - 1]) / 2);
+      size_t end = std::min(r + kLanes, rows.size());
+      double tests = 0;
+      for (size_t first = r, behind; first < end; first = behind) {
+        behind = before_jump(x, D, rows, first, end, jump);
+        Packet packet{segment, shape, {}, {}};
+        for (size_t l = first; l < behind; l++)
+          packet.lanes.push_back({x + size_t(rows[l]) * D, causal ? rows[l] : ~0u});
+        packet.zeros_first();
+        packet.walk((seats[first] + seats[behind - 1]) / 2);
+        total.steps += packet.steps;
+        total.leaves += packet.leaves;
+        total.thinned += packet.thinned;
+        total.moved += packet.moved;
+        total.batches += packet.batches;
+        total.zeros += packet.zeros;
+        tests += packet.tests;
+      }
       total.packets++;
-      total.steps += packet.steps;
-      total.tests += packet.tests;
-      total.leaves += packet.leaves;
-      total.thinned += packet.thinned;
-      total.moved += packet.moved;
-      total.batches += packet.batches;
-      total.zeros += packet.zeros;
-      total.most_leaves = std::max(total.most_leaves, packet.leaves);
+      total.tests += tests;
+      total.most_tests = std::max(total.most_tests, tests);
     }
     if (shortest) break;
   }
   double p = total.packets;
   double counted[] = {p, total.steps / p, total.tests / p, total.leaves / p, total.thinned / p, total.moved / p,
-                      total.batches / p, total.zeros / p, total.most_leaves};
+                      total.batches / p, total.zeros / p, total.most_tests};
   memcpy(out, counted, sizeof counted);
 }

@@ -176,6 +176,33 @@ def test_boxes_that_no_lane_needs(name, D, mask, monkeypatch):
     check(point_sets.points(name, n, D).to(DEVICE), 3, **mask)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts what a kernel calls")
+@pytest.mark.parametrize("causal", [False, True])
+def test_packets_are_cut_where_the_order_jumps(causal, monkeypatch):
+    """Four queries here and four far away: one box around them would hold all points between."""
+    n = 100
+    monkeypatch.setattr(lists, "LANES", 8)
+    monkeypatch.setattr(tree, "EARLY", n)
+    x = torch.cat([torch.rand(n, 1) * 20, torch.zeros(n, 1)], 1)  # between them
+    far = torch.tensor([[-1.0, 0], [21.0, 0]]).repeat_interleave(4, 0) + 1e-3 * torch.rand(8, 2)
+    x, queries = x.to(DEVICE)[None], far.to(DEVICE)[None]
+    tested = []
+    needs = walk.any_needs
+    monkeypatch.setattr(walk, "any_needs", lambda *args: tested.append(args) or needs(*args))
+    boxes = []
+    for jump in (walk.JUMP, 0.0):
+        monkeypatch.setattr(walk, "JUMP", jump)
+        tested.clear()
+        grown = tree.build(x, None, causal)
+        rows, seats = tree.in_order(queries, None, grown)
+        found = walk.search(queries, rows, seats, None, None, grown, 3, False, True)
+        with dfn_kernels.use_backend("reference"):
+            want = knn(x, 3, queries=queries)
+        assert same_bits(found[0], want.indices) and same_bits(found[1], want.sq_dists)
+        boxes.append(len(tested))
+    assert 1.5 * boxes[0] < boxes[1]
+
+
 def test_the_order_does_not_matter(monkeypatch):
     """Where the curve runs decides how fast a search is, never what it finds."""
     monkeypatch.setattr(tree.Layout, "bits", 1)
@@ -249,11 +276,11 @@ def test_where_brute_force_ends():
 
 def test_slices_fill_a_gpu():
     for items, n, kept in ((64, 2048, 16), (1, 1_000_003, 1024), (31_250, 10_000, 16), (3, 5, 4), (1, 1, 4)):
-        slices, size = brute.cut(items, n, kept)
+        slices, size = brute.cut(items, n, kept, 2112)
         assert (slices - 1) * size < n <= slices * size and size % brute.GROUP == 0
-        assert slices == 1 or size >= brute.SHORTEST and items * slices <= lists.PROGRAMS
+        assert slices == 1 or size >= brute.SHORTEST and items * slices <= 2112
         assert items * slices * kept * lists.LANES * 8 <= lists.MOST_MEMORY or slices == 1
-    assert brute.cut(64, 2048, 16)[0] == 16
+    assert brute.cut(64, 2048, 16, 2112)[0] == 16
 
 
 # ---- KNNIndex and warm starts ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .tree import JIT
 
 GROUP = 8  # points at a time
 SHORTEST = 128  # points in a slice
-REGISTERS = 176
+REGISTERS = 144
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
 
 
@@ -212,9 +212,9 @@ def merge_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def cut(items: int, N: int, kept: int) -> tuple[int, int]:
+def cut(items: int, N: int, kept: int, programs: int) -> tuple[int, int]:
     """How many slices, and of how many points: as many as fill a GPU, if they are not too short."""
-    most = min(lists.PROGRAMS // items, N // SHORTEST, lists.MOST_MEMORY // (items * kept * lists.LANES * 8))
+    most = min(programs // items, N // SHORTEST, lists.MOST_MEMORY // (items * kept * lists.LANES * 8))
     size = triton.cdiv(triton.cdiv(N, max(1, most)), GROUP) * GROUP
     return triton.cdiv(N, size), size
 
@@ -250,9 +250,9 @@ def search(
 
     (K, kept), CAP = lists.sizes(k), 32 + GROUP
     blocks = B * triton.cdiv(M, lists.LANES)
-    slices, size = cut(blocks, N, kept)
+    slices, size = cut(blocks, N, kept, lists.resident(device, REGISTERS))
     items = blocks * slices
-    programs = lists.programs(items, CAP + kept)
+    programs = lists.programs(items, CAP + kept, device, REGISTERS)
     memory = torch.empty(programs * CAP * lists.LANES, dtype=torch.int64, device=device)
     parts = items if slices > 1 else programs
     best = torch.empty(parts * kept * lists.LANES, dtype=torch.int64, device=device)

@@ -4,19 +4,23 @@ A key is (distance bits << 32 | index): an integer, and keys order as neighbours
 of the k is put at the end of the lane's list, one store; a list that is nearly full is sorted and merged, K keys at a
 time, by networks of min and max in registers. All lanes do the same, whatever their keys are.
 
-Up to K keys the list is first thinned: the K smallest distances, 32 bits wide and in registers, tell which of its keys
-are still wanted, for a third of what merging them costs. Only what is left at the end is merged, or if too many tie.
+Up to THINNED keys the list is first thinned: the smallest distances, 32 bits wide and in registers, tell which of its
+keys are still wanted, for a third of what merging them costs. Only what is left at the end is merged, or if too many
+tie.
 
 A program's memory: CAP list entries, then `kept` best keys, a multiple of K; entry s of lane l is at s LANES + l. The
 first kept - k of the best are -1, so that the last one is the k-th of what was found.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 LANES = 64 if torch.version.hip else 32
-PROGRAMS = 2048  # at most; each has memory of its own and takes one piece of work after another
+THINNED = 16  # keys that are kept, at most, where lists are thinned
+REGISTERS = 2**16 // 32  # of a lane, if a multiprocessor has one warp
 MOST_MEMORY = 1 << 28  # bytes, of all programs
 FAR = tl.constexpr(0x7F80000000000000)  # no key of a point at a finite distance reaches it
 
@@ -117,12 +121,12 @@ def thin(LIST, near, worst, count, old, longest, LANES: tl.constexpr, K: tl.cons
     """The first `old` keys of each lane's list are among its K `near`est already; now the others are, too, and of the
     list only what is below the new `worst` key stays.
     """
-    NEW = LIST + old * LANES
+    NEW = (LIST + old * LANES).to(tl.pointer_type(tl.int32), bitcast=True) + 1  # the upper halves, distances
     fresh = count - old
     for start in range(0, tl.max(fresh, axis=0), K):
         new = ()
         for e in tl.static_range(K):  # up to K keys behind the list may be read: the best ones are there
-            d = (tl.load(NEW + (start + e) * LANES) >> 32).to(tl.int32)
+            d = tl.load(NEW + (start + e) * (2 * LANES))
             new = new + (tl.where(start + e < fresh, d, 0x7F800000),)
         new = _sorted(new, K, LOG)
         both = ()
@@ -175,8 +179,8 @@ def write_nothing(OUT_I, OUT_D, at, mask, k):
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def sizes(k: int) -> tuple[int, int]:
-    """K and how many keys are kept. Two lists of 16 at a time would not fit into registers."""
-    K = max(4, triton.next_power_of_2(k)) if k <= 16 else 8
+    """K and how many keys are kept, a multiple of it. More at a time would take registers, and fewer programs fit."""
+    K = 4 if k <= 4 else 8
     return K, triton.cdiv(k, K) * K
 
 
@@ -186,6 +190,14 @@ def options(registers: int) -> dict[str, object]:
     return exact if torch.version.hip else exact | {"maxnreg": registers}
 
 
-def programs(work: int, entries: int) -> int:
-    """How many share the work, each with so many entries of memory a lane."""
-    return max(1, min(PROGRAMS, work, MOST_MEMORY // (entries * LANES * 8)))
+@functools.cache
+def resident(device: torch.device, registers: int) -> int:
+    """Programs of one warp that run at a time. More would begin when others have ended, and end after all of them."""
+    on_gpu = device.type == "cuda"
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+    return multiprocessors * (REGISTERS // registers)
+
+
+def programs(work: int, entries: int, device: torch.device, registers: int) -> int:
+    """How many share the work, each with so many entries of memory a lane, which it uses for piece after piece."""
+    return max(1, min(resident(device, registers), work, MOST_MEMORY // (entries * LANES * 8)))

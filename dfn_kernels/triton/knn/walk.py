@@ -40,6 +40,16 @@ def least_keys(box, low, high, D: tl.constexpr):
 
 
 @triton.jit
+def any_needs(ROW, q, worst, limit, D: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
+    """Whether a lane may find in the box at ROW what is below the worst that it keeps."""
+    box = same_row(ROW, LANES, wide(2 * D + 1))
+    needed = least_keys(box, q, q, D) < worst
+    if MASKED:
+        needed = needed & (box[2 * D] <= limit)
+    return tl.max(needed.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def least_of(keys, child, FAN: tl.constexpr):
     """The least of FAN keys, and which it is. By 32 bits at a time: the hardware has that in one instruction."""
     d, low = (keys >> 32).to(tl.int32), keys.to(tl.int32)
@@ -98,6 +108,8 @@ def walk_kernel(
     HAS_LQ: tl.constexpr, HAS_BOUND: tl.constexpr, MASKED: tl.constexpr,  # MASKED: causal, or without self
     D: tl.constexpr,
     ONE: tl.constexpr, K: tl.constexpr, LOG: tl.constexpr,  # K = 2^LOG keys are merged at a time; ONE: no more are kept
+    NEAR: tl.constexpr, LOG_NEAR: tl.constexpr,  # lists are thinned by so many distances, 2^LOG_NEAR; 0: they are not
+    JUMP: tl.constexpr,
     LEAF: tl.constexpr, FAN: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     POINT: tl.constexpr = wide(D + 1)
@@ -120,6 +132,12 @@ def walk_kernel(
             q = q + (x,)
             spoiled += x * 0.0
         todo = ok & (spoiled == 0.0)
+        follows = ok & (lane > 0)
+        before = tl.load(ROWS + at - 1, mask=follows, other=0).to(tl.int64)
+        gap = spoiled * 0.0
+        for a in tl.static_range(D):
+            gap = tl.maximum(gap, tl.abs(q[a] - tl.load(Q + before * D + a, mask=follows, other=0.0)))
+        gap = tl.minimum(gap, 1e37)
         if HAS_LQ:
             todo = todo & (i < tl.load(LQ + b, mask=ok, other=0))
         place = b * L + level_of_query(i, C, L)
@@ -134,6 +152,11 @@ def walk_kernel(
         while tl.max(todo.to(tl.int32), axis=0) > 0:  # a segment at a time; again, if a warm start was wrong
             segment = tl.min(tl.where(todo, place, 0x7FFFFFFF), axis=0)
             active = todo & (place == segment)
+            # Where the order jumps, queries are no neighbours: what lies behind the jump walks by itself.
+            jump = tl.where(active & (lane > tl.min(tl.where(active, lane, LANES), axis=0)), gap, 0.0)
+            widest = tl.max(jump, axis=0)
+            behind = tl.min(tl.where(jump == widest, lane, LANES), axis=0)
+            active = active & (lane < tl.where(widest * JUMP > tl.sum(jump, axis=0), behind, LANES))
             m = segment % L
             begin = ((segment // L) * slots + 2 * C - ((2 * C) >> m)) // LEAF
             end = begin + (C >> m) // LEAF
@@ -164,7 +187,8 @@ def walk_kernel(
             branch, top = node * 0, begin // (FAN * FAN)
             outer = tl.zeros_like(child).to(tl.int64) + FAR  # of the branches from top - FAN on
             inner = outer  # and of the nodes of this branch
-            near = nearest_of_nothing(row, kept, k, K)
+            if NEAR > 0:
+                near = nearest_of_nothing(row, kept, k, NEAR)
             worst = tl.where(walks, start, -1)
             worst_of_all = tl.max(worst, axis=0)
             old = tl.zeros_like(row)
@@ -180,11 +204,7 @@ def walk_kernel(
                     which = which & (FAN - 1)
                     pending = tl.where(child == which, FAR, pending)
                     leaf = node * FAN + which
-                    of_leaf = same_row(BOXES + leaf.to(tl.int64) * BOX, LANES, BOX)
-                    needed = least_keys(of_leaf, q, q, D) < worst
-                    if MASKED:
-                        needed = needed & (of_leaf[2 * D] <= limit)
-                    if tl.max(needed.to(tl.int32), axis=0) > 0:
+                    if any_needs(BOXES + leaf.to(tl.int64) * BOX, q, worst, limit, D, LANES, MASKED):
                         FROM = POINTS + leaf.to(tl.int64) * (LEAF * POINT)
                         for g in tl.static_range(0, LEAF, GROUP):
                             points = ()
@@ -206,20 +226,24 @@ def walk_kernel(
                     nearest, which = least_of(inner, child, FAN)
                     if nearest < worst_of_all:
                         inner = tl.where(child == which, FAR, inner)
-                        node = branch * FAN + which
-                        here = node * FAN + child
-                        inside = (here >= begin) & (here < end) & ((here < seeds) | (here >= after_seeds))
-                        box = rows_at(BOXES, here, inside, FAN, BOX)
-                        pending = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
+                        at_node = (nodes * FAN + branch * FAN + which).to(tl.int64)
+                        if any_needs(BOXES + at_node * BOX, q, worst, limit, D, LANES, MASKED):
+                            node = branch * FAN + which
+                            here = node * FAN + child
+                            inside = (here >= begin) & (here < end) & ((here < seeds) | (here >= after_seeds))
+                            box = rows_at(BOXES, here, inside, FAN, BOX)
+                            pending = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                     else:
                         nearest, which = least_of(outer, child, FAN)
                         if nearest < worst_of_all:
                             outer = tl.where(child == which, FAR, outer)
-                            branch = top - FAN + which
-                            here = branch * FAN + child
-                            inside = (here >= begin // FAN) & (here * FAN < end)
-                            box = rows_at(BOXES, nodes * FAN + here, inside, FAN, BOX)
-                            inner = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
+                            at_branch = ((nodes + branches) * FAN + top - FAN + which).to(tl.int64)
+                            if any_needs(BOXES + at_branch * BOX, q, worst, limit, D, LANES, MASKED):
+                                branch = top - FAN + which
+                                here = branch * FAN + child
+                                inside = (here >= begin // FAN) & (here * FAN < end)
+                                box = rows_at(BOXES, nodes * FAN + here, inside, FAN, BOX)
+                                inner = tl.where(inside & (box[2 * D] <= last), least_keys(box, low, high, D), FAR)
                         else:
                             going = top * (FAN * FAN) < end
                             here = top + child
@@ -229,10 +253,10 @@ def walk_kernel(
                             top += FAN
                 if full | (going == 0):
                     count = to // LANES
-                    if ONE:
-                        near, worst, count = thin(LIST, near, worst, count, old, longest, LANES, K, LOG)
+                    if NEAR > 0:
+                        near, worst, count = thin(LIST, near, worst, count, old, longest, LANES, NEAR, LOG_NEAR)
                         longest = tl.max(count, axis=0)
-                    if (ONE == 0) | (longest > CAP - LEAF) | (going == 0):
+                    if (NEAR == 0) | (longest > CAP - LEAF) | (going == 0):
                         found = merge_list(LIST, BEST, count, longest, kept, ONE, LANES, K, LOG)
                         worst = tl.minimum(worst, found)
                         count = tl.zeros_like(row)
@@ -251,13 +275,18 @@ def walk_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
+# The order jumps where one gap is longer than half of all others of the packet: cut there, it walks two short ways
+# instead of testing all that lies between.
+JUMP = 3.0
+
+
 def seeds(k: int) -> int:
     """Leaves at a packet's seat that it looks into before anything else."""
     return min(trees.FAN, max(3, triton.cdiv(3 * k, trees.LEAF)))
 
 
 def registers(D: int) -> int:
-    return 184 if D <= 3 else 232
+    return 136 if D <= 3 else 232
 
 
 def group(D: int) -> int:
@@ -273,7 +302,8 @@ def search(
     B, M, D = queries.shape
     layout = tree.layout
     (K, kept), CAP = lists.sizes(k), 3 * trees.LEAF
-    programs = lists.programs(triton.cdiv(B * M, lists.LANES), CAP + kept)
+    near = kept if kept <= lists.THINNED else 0
+    programs = lists.programs(triton.cdiv(B * M, lists.LANES), CAP + kept, queries.device, registers(D))
     indices = torch.empty(B, M, k, dtype=torch.int64, device=queries.device)
     sq_dists = torch.empty(B, M, k, device=queries.device)
     memory = torch.empty(programs * (CAP + kept) * lists.LANES, dtype=torch.int64, device=queries.device)
@@ -285,8 +315,8 @@ def search(
         B * M, M, layout.slots, layout.nodes, layout.branches, layout.C, layout.levels, k, kept, layout.firsts,
         int(causal), int(include_self), seeds(k),
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
-        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=group(D),
-        CAP=CAP, LANES=lists.LANES,
+        D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, NEAR=near, LOG_NEAR=near.bit_length() - 1,
+        JUMP=JUMP, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=group(D), CAP=CAP, LANES=lists.LANES,
         **lists.options(registers(D)),
     )  # fmt: skip
     return indices, sq_dists
