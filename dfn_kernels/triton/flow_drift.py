@@ -5,8 +5,9 @@ head of few outputs goes without: a sum over whole rows for each. Either way the
 With s bytes a state and o = 4 H (3 D + 1) bytes for positions, flow and energy, an entity moves s d + o bytes forward
 (positions in and out, flow, energy) and 2 s d + o backward (states and their gradient; gradients of the outputs, flow),
 so 262,144 entities with d = 256 and one head in 3-D take 279 MB forward and 547 MB backward in float32, 145 MB and
-279 MB in bfloat16. The sums over entities add H D (d + 1) + H numbers per chunk, written and read once. Not
-yet run on a GPU; a prototype was.
+279 MB in bfloat16. The sums over entities add H D (d + 1) + H numbers per chunk, written and read once. On an H200
+that forward took 0.081 and 0.063 ms, products in blocks of 64; blocks of 32 and today's backward pass of one head have
+not yet run on a GPU.
 """
 
 import torch

@@ -72,6 +72,16 @@ def test_sizes(backend, sizes):
         check(make(**sizes, dtype=dtype), backend)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="chunks are Triton's")
+def test_chunks_of_several_blocks(monkeypatch):
+    """As of a hundred thousand entities: the last block of a chunk reaches into the next one, the last chunk beyond N."""
+    from dfn_kernels.triton import flow_drift as op
+
+    monkeypatch.setattr(op, "chunk_of", lambda B, N, block, chunks: 7 * max(block, 14))
+    for H, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
+        check(make(B=2, H=H, N=230, D=3, d=37, dtype=dtype), "triton")
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="there are no tensor cores, and the interpreter multiplies in float32")
 @pytest.mark.parametrize("H, D", [(1, 3), (1, 7), (4, 3), (4, 7)])
 def test_error_is_that_of_plain_float32(H, D):
