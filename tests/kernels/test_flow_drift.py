@@ -74,7 +74,7 @@ def test_sizes(backend, sizes):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="chunks are Triton's")
 def test_chunks_of_several_blocks(monkeypatch):
-    """As of a hundred thousand entities: the last block of a chunk reaches into the next one, the last chunk beyond N."""
+    """As of a hundred thousand entities: a chunk's last block reaches into the next chunk, the last chunk beyond N."""
     from dfn_kernels.triton import flow_drift as op
 
     monkeypatch.setattr(op, "chunk_of", lambda B, N, block, chunks: 7 * max(block, 14))
