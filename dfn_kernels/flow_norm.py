@@ -175,7 +175,8 @@ def flow_norm(
     if ptr is not None and mode != "entity":  # the pass over the states is that of means which are known
         energy, mode = set_means(energy, ptr, mode == "causal"), "entity"
     # A number given to an op is a constant of the program, which an exported one wants; a term of the mean is not.
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    # (In PyTorch 2.11 is_exporting() is true of whatever Dynamo traces, so it cannot tell them apart.)
+    if torch.compiler.is_dynamo_compiling():
         energy, eps = energy + eps, 0.0
 
     backend = _backends.choose(OP, states.device.type)

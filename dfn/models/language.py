@@ -90,7 +90,8 @@ class DFNLanguageModel(nn.Module):
         memory = self.memory.write(memory.detach(), written, self.blocks[-1].norm(states).detach())
         back = torch.zeros(H, D, device=states.device)
         back[self.positions.semantic :, 0] = N * self.positions.log_scale.exp()  # no other coordinate is time
-        return memory._replace(positions=memory.positions - back.flatten() * (memory.influence > 0)[..., None])
+        moved = memory.positions - back.flatten() * (memory.influence > 0)[..., None]
+        return MemoryState(moved, memory.states, memory.influence)  # PyTorch 2.11 does not compile `_replace`
 
     def check_memory(self, memory: MemoryState | None) -> None:
         if memory is None:

@@ -7,7 +7,7 @@ from helpers import pairs
 from dfn_kernels.flow_drift import WIDE
 from dfn_kernels.triton import flow_drift as op
 
-AMD = {"PRECISION": "ieee", "STAGES": 1}
+AMD = {"PRECISION": "ieee"}
 OUTPUTS = ((1, 3), (1, 1), (1, 2), (2, 5), (3, 7))  # heads and dimensions
 WIDTHS = (256, 64, 128, 512, 1024)  # every padded width that goes by rows
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)

@@ -26,6 +26,11 @@ FEW = (1, 2, 3)
 LENGTHS = [3, 5, 7, 11, 13, 17, 2, 19, 23, 29, 1, 31]  # some equal other sizes here, and 1 is special to the compiler
 
 
+def beyond_earlier(what: str):
+    earlier = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    return pytest.mark.xfail(earlier, reason=f"PyTorch 2.11 makes a constant of {what}", strict=False)
+
+
 def compilations(calls, backend="eager") -> int:
     """How many programs it took to serve the `calls`, (function, *arguments); each gives what it gives uncompiled.
 
@@ -47,6 +52,7 @@ def test_memory_of_any_length():
     assert compilations([(read, torch.randn(2, n, 2)) for n in LENGTHS]) in FEW
 
 
+@beyond_earlier("a number that is squared before it meets a tensor")
 def test_memory_of_any_decay_and_radius():
     class Writer(torch.nn.Module):
         def __init__(self, step):
@@ -110,6 +116,7 @@ def test_language_model_of_any_length(language):
     assert compilations([(model, torch.randint(31, (2, n)), memory) for n in LENGTHS]) in FEW
 
 
+@beyond_earlier("the length, for the least of two strides")
 def test_export_with_a_dynamic_length(language):
     model, memory = language
     N = torch.export.Dim("N", min=2, max=4096)
@@ -120,6 +127,7 @@ def test_export_with_a_dynamic_length(language):
         torch.testing.assert_close(program(ids, memory), model(ids, memory))
 
 
+@beyond_earlier("the length, for the least of two strides")
 def test_export_of_the_mixer():
     mixer = FlowMixer(DIM)
     N = torch.export.Dim("N", min=2, max=4096)

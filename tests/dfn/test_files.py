@@ -159,10 +159,15 @@ def test_every_depth_is_between_0_and_1(mode, ending, tmp_path):
     torch.testing.assert_close(values.flatten(), torch.tensor(wanted, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("mode", ["P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_every_colour_mode_is_read_or_refused(mode, tmp_path):
+def test_every_colour_mode_is_read_or_refused(mode, compression, tmp_path):
     source = Image.new("RGB", (5, 3), (51, 51, 51) if mode == "LA" else (255, 0, 51))
-    source.convert(mode).save(tmp_path / "a.tif")
+    source.convert(mode).save(tmp_path / "a.tif", compression=compression)
+    if mode == "YCbCr" and not compression and int(Image.__version__.split(".")[0]) < 13:  # what it writes, not reads
+        with pytest.raises(ValueError, match="a.tif is no picture that can be read"):
+            ImageField.load(tmp_path / "a.tif")
+        return
     values = ImageField.load(tmp_path / "a.tif").values[0]
     wanted = [0.2] if mode == "LA" else [1.0, 0.0, 0.2]
     torch.testing.assert_close(values, torch.tensor(wanted).expand_as(values), rtol=0, atol=0.02)

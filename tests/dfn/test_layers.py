@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DEVICE, check_compiled_module, same_bits
+from helpers import check_compiled_module, same_bits
 from torch import nn
 
 from dfn.models.layers import (
@@ -272,7 +272,7 @@ def test_compiles_without_graph_breaks(kind):
 def test_autocast_keeps_positions_exact():
     block, places = DFNBlock(DIM, k=4, causal=True), EntityPositions(DIM)
     x = torch.randn(2, 300, DIM)
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         start = places(x)
         states, positions = block(x, start)
     assert start.dtype == positions.dtype == states.dtype == torch.float32

@@ -87,7 +87,7 @@ def test_a_distance_that_overflows_weighs_nothing(backend):
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (p, v, sigma)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", *backends("flow_attention")])
 def test_attention_of_any_width(backend):
     """The nearest one alone, or the mean of all: what normalised weights come to at both ends."""
     states, positions = torch.randn(1, 9, 4, device=DEVICE), torch.randn(1, 9, 2, device=DEVICE)

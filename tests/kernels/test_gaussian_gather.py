@@ -178,21 +178,21 @@ def test_identical_points_make_a_hub(backend):
     check_against_reference(gaussian_gather, inputs, backend)
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="the C++ kernels serve large inputs in another order")
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native kernels serve large inputs in another order")
 @pytest.mark.parametrize("case", ["uniform", "queries", "heads", "clusters", "hubs", "all equal", "outlier"])
-def test_large_inputs_on_the_cpu(case):
+def test_large_inputs(case):
     """Large enough for the spatial order, for blocks of edges and, with hubs, for lists that are split."""
     N, k, c = 5003, 7, 40
     M = 4001 if case == "queries" else N
     inputs = make(B=1, H=2 if case == "heads" else 1, N=N, M=M, D=3, c=c, k=k, queries=case == "queries")
     positions = inputs["positions"]
     if case == "clusters":
-        positions.copy_(torch.randint(0, 3, positions.shape) + 1e-3 * positions)
+        positions.copy_(torch.randint(0, 3, positions.shape, device=DEVICE) + 1e-3 * positions)
     elif case == "hubs":
-        inputs["indices"][..., :2] = torch.tensor([5, 4000])
+        inputs["indices"][..., :2] = torch.tensor([5, 4000], device=DEVICE)
     elif case == "all equal":
         positions.zero_()
-        inputs["indices"].copy_(torch.arange(k).expand(1, 1, N, k))
+        inputs["indices"].copy_(torch.arange(k, device=DEVICE).expand(1, 1, N, k))
     elif case == "outlier":
         positions[0, 0, 17] = 1e10
     elif case == "heads":  # one list of neighbours for both
