@@ -127,6 +127,7 @@ MUTATION_CASES = (
     dict(c=40, k=13, N=29, M=41, dtype=torch.bfloat16, normalize=True, order=1),
     dict(c=40, k=13, N=29, M=41, dtype=torch.bfloat16, missing=False, queries=False, plan=True),
     dict(c=300, k=3, dtype=torch.float16, missing=False),
+    dict(B=1, H=1, N=29, M=533, c=128, k=17, plan=True, multiprocessors=1),  # several turns a warp
     dict(c=37, k=71, D=5, N=19, M=23, shared=True, normalize=True, order=3),
     dict(c=24, k=9, N=13, M=53, crowd=3, hub=8, plan=True, gap=4),
     dict(c=5, k=17, N=13, M=53, crowd=2, hub=16, D=5, order=2, gap=3, align=4, normalize=True),

@@ -272,7 +272,7 @@ SWAPS = {
     "a turn left out": ("(block * t.turns + turn) * kWarps + warp)) return;\n    bool all", "(block * t.turns + turn + 1) * kWarps + warp)) return;\n    bool all"),
     "rows of missing neighbours": ("if (!Checked || (pair.of[i].row >= 0 && live))", "if (true)"),
     "weights of the next": ("acc[i] += batch.weights[u] * f[i];", "acc[i] += batch.weights[(u + 1) % kBatch] * f[i];"),
-    "a batch left out": ("for (; there >= kBatch; there -=", "for (; there > kBatch; there -="),
+    "a batch left out": ("there -= kBatch, count -= kBatch, edges", "there -= kBatch, edges"),
     "the rest left out": ("for (; count > 0; count -= kBatch, edges += kBatch) add_rows", "for (; count >= kBatch; count -= kBatch, edges += kBatch) add_rows"),
     "no barrier": ("const bool complete = __ballot_sync(kAll, all) == kAll;\n    __syncwarp();", "const bool complete = all;"),
     "a chunk twice": ("all = query.stage(chunk, true);", "all = query.stage(0, true);"),
@@ -313,6 +313,7 @@ SWAPS = {
 def outcome(folder, objects, change=lambda text: text) -> subprocess.CompletedProcess:
     """The cases of cuda_emulated_gather on sources with a change; what stays as it is has been compiled."""
     (folder / "cuda").mkdir()  # a quoted include is looked for beside the including file first
+    (folder / "cuda" / "cuda").symlink_to(folder / "cuda")  # by headers, too
     changed = []
     for header in HEADERS:
         text = header.read_text()
