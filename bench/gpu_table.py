@@ -1,8 +1,8 @@
 """python -m bench.gpu_table RESULTS..: what the GPU suite measured, as a result and in docs/benchmarks.md.
 
-RESULTS are files results.json of bench/gpu_suite.sh, of one machine and commit. Written: bench/results/<date>-<gpu>-
-<commit>.json, the parts as they came, and .md, tables of them, which also go between the gpu marks of that page. Times
-are medians in milliseconds, the L2 cache overwritten before each run.
+RESULTS are files results.json of bench/gpu_suite.sh. Written for each: bench/results/<date>-<gpu>-<commit>.json, the
+parts as they came, and .md, tables of them. The tables also go between the gpu marks of that page; of several with one
+name the last. Times are medians in milliseconds, the L2 cache overwritten before each run.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from .cases import CASES
 from .measure import OURS
 from .names import readable
 from .report import in_markdown, put_between
@@ -44,9 +45,12 @@ def beside_peers(rows: list[dict]) -> str:
 
 
 def kernels(rows: list[dict]) -> str:
+    """Those with a goal come with it."""
+    goals = {case.name: case.goals for case in CASES}
     lines = [[readable(r["case"]), MODES[r["mode"]], r["dtype"], r["backend"], ms(r["ms"]), count(r["launches"]),
-              ms(r.get("graph_ms")), f"{r['host_us']:.0f}"] for r in rows]  # fmt: skip
-    head = ["work", "", "dtype", "kernels by", "kernels, ms", "launches", "replayed from a graph, ms", "host, us"]
+              ms(r.get("graph_ms")), ms(goals.get(r["case"], {}).get(f"{r['mode']} {r['dtype']}"))]
+             for r in rows]  # fmt: skip
+    head = ["work", "", "dtype", "kernels by", "kernels, ms", "launches", "replayed from a graph, ms", "goal, ms"]
     return in_markdown(head, lines)
 
 
@@ -85,28 +89,24 @@ def rows_of(part: dict, folder: Path) -> list[dict]:
     return json.loads((folder / facts["file"]).read_text())["rows"] if isinstance(facts, dict) else facts
 
 
-def read(paths: list[Path]) -> tuple[dict, dict[str, list[dict]], list[str]]:
+def read(path: Path) -> tuple[dict, dict[str, list[dict]], list[str]]:
     """What the machine is, the rows by part, and what the checks said."""
     facts, found, checks = None, {}, []
-    for path in paths:
-        for part in json.loads(path.read_text())["parts"]:
-            if part["name"] == "environment":
-                if facts is not None and facts["commit"] != part["facts"]["commit"]:
-                    raise ValueError(f"{path}: commit {part['facts']['commit']}, the others have {facts['commit']}")
-                facts = part["facts"]
-            elif part["name"] in TABLES and part["facts"]:
-                found[part["name"]] = rows_of(part, path.parent)
-            elif part["name"] != "build":
-                checks.append(f"{part['name']}: {part['status']}, {part['reason']}")
+    for part in json.loads(path.read_text())["parts"]:
+        if part["name"] == "environment":
+            facts = part["facts"]
+        elif part["name"] in TABLES and part["facts"]:
+            found[part["name"]] = rows_of(part, path.parent)
+        elif part["name"] != "build":
+            checks.append(f"{part['name']}: {part['status']}, {part['reason']}")
     if facts is None:
-        raise ValueError(f"no part of {', '.join(map(str, paths))} says which machine it was")
+        raise ValueError(f"no part of {path} says which machine it was")
     return facts, found, checks
 
 
-def markdown(facts: dict, found: dict[str, list[dict]], names: tuple[str, ...] = tuple(TABLES)) -> str:
-    tables = [f"**{TABLES[name][0]}**\n\n{TABLES[name][1](found[name])}" for name in names if name in found]
-    said = ", ".join(f"{name} {facts[name]}" for name in ("gpu", "date", "torch", "triton", "driver", "commit"))
-    return "\n".join([*tables, f"Medians, the L2 cache overwritten before each run; {said}.\n"])
+def said(facts: dict) -> str:
+    named = ", ".join(f"{name} {facts[name]}" for name in ("gpu", "date", "torch", "triton", "commit"))
+    return f"Medians, the L2 cache overwritten before each run; {named}.\n"
 
 
 def main(argv: list[str] | None = None, say: Callable[[str], object] = print) -> int:
@@ -115,15 +115,22 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     given = parser.parse_args(argv)
-    facts, found, checks = read(given.results)
-    kind = "".join(ch if ch.isalnum() else "-" for ch in facts["gpu"]).lower()
-    path = given.out / f"{facts['date']}-{kind}-{facts['commit']}.json"
     given.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": facts, "checks": checks, **found}, indent=0) + "\n")
-    checked = "\n".join(f"- {line}" for line in checks)
-    path.with_suffix(".md").write_text(f"# {facts['gpu']}\n\n{markdown(facts, found)}\n{checked}\n")
-    put_between(given.page, MARKS, markdown(facts, found, ("benchmark", "searches", "steps")))
-    say(f"written to {path} and {given.page}")
+    shown = {}
+    for result in given.results:
+        facts, found, checks = read(result)
+        kind = "".join(ch if ch.isalnum() else "-" for ch in facts["gpu"]).lower()
+        path = given.out / f"{facts['date']}-{kind}-{facts['commit']}.json"
+        path.write_text(json.dumps({"machine": facts, "checks": checks, **found}, indent=0) + "\n")
+        tables = {
+            name: f"**{TABLES[name][0]}**\n\n{TABLES[name][1](rows)}\n{said(facts)}" for name, rows in found.items()
+        }
+        checked = "\n".join(f"- {line}" for line in checks)
+        path.with_suffix(".md").write_text("\n".join([f"# {facts['gpu']}\n", *tables.values(), checked]) + "\n")
+        shown |= tables
+        say(f"written to {path}")
+    put_between(given.page, MARKS, "\n".join(shown[name] for name in TABLES if name in shown and name != "crossover"))
+    say(f"shown in {given.page}")
     return 0
 
 

@@ -152,7 +152,8 @@ std::tuple<Tensor, Tensor> listed(const Tensor& targets, int64_t places, const i
   g.stream = device.stream();
   Tensor counts = new_zeros(targets, {g.lists * places}, number), tiles = new_empty(targets, {2, scan_tiles(g)}, number);
   Tensor starts = new_empty(targets, {g.lists * places + 2}, number), scratch = new_empty(targets, {g.lists * g.things}, number);
-  Tensor edges = targets.dim() == 4 ? new_empty(targets, {targets.size(0), targets.size(1), targets.size(2), targets.size(3)}, number)
+  // Neighbours may be missing; then zeros are left at the end, so that equal inputs give equal outputs.
+  Tensor edges = targets.dim() == 4 ? new_zeros(targets, {targets.size(0), targets.size(1), targets.size(2), targets.size(3)}, number)
                                     : new_empty(targets, {targets.size(0), targets.size(1), targets.size(2)}, number);
   g.counts = counts.data_ptr(), g.tiles = tiles.data_ptr(), g.starts = starts.data_ptr();
   g.scratch = scratch.data_ptr(), g.edges = edges.data_ptr();

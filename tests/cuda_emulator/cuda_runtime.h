@@ -56,8 +56,9 @@ template <class T> T __shfl_sync(unsigned, T value, int from, int width = 32) {
   return emulator::shuffle(value, lane / width * width + from % width);
 }
 template <class T> T __shfl_xor_sync(unsigned, T value, int step, int width = 32) {
+  // As PTX has it: only lanes of a later part of the warp cannot be read, those of an earlier one can.
   const int lane = emulator::self().lane, from = lane ^ step;
-  return emulator::shuffle(value, from / width == lane / width ? from : lane);
+  return emulator::shuffle(value, from / width <= lane / width ? from : lane);
 }
 template <class T> T __shfl_up_sync(unsigned, T value, int step, int width = 32) {
   const int lane = emulator::self().lane, from = lane - step;

@@ -276,11 +276,11 @@ def test_where_brute_force_ends():
 
 def test_slices_fill_a_gpu():
     for items, n, kept in ((64, 2048, 16), (1, 1_000_003, 1024), (31_250, 10_000, 16), (3, 5, 4), (1, 1, 4)):
-        slices, size = brute.cut(items, n, kept, 2112)
+        slices, size = brute.cut(items, n, kept)
         assert (slices - 1) * size < n <= slices * size and size % brute.GROUP == 0
-        assert slices == 1 or size >= brute.SHORTEST and items * slices <= 2112
+        assert slices == 1 or size >= brute.SHORTEST and items * slices <= brute.PROGRAMS
         assert items * slices * kept * lists.LANES * 8 <= lists.MOST_MEMORY or slices == 1
-    assert brute.cut(64, 2048, 16, 2112)[0] == 16
+    assert brute.cut(64, 2048, 16)[0] == 16
 
 
 # ---- KNNIndex and warm starts ---------------------------------------------------------------------------------------

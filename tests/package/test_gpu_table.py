@@ -22,6 +22,9 @@ PARTS = [
 ]  # fmt: skip
 
 
+PROFILE = [ROW | dict(backend="triton", ms=2.5, launches=43, graph_ms=2.6, host_us=900.0, kernels=[])]
+
+
 def written(tmp_path, commit="abc"):
     first, second = tmp_path / "a" / "results.json", tmp_path / "b" / "results.json"
     for path in (first, second):
@@ -30,7 +33,8 @@ def written(tmp_path, commit="abc"):
     (second.parent / "rows.json").write_text(json.dumps({"rows": BENCHMARK}))
     environment = PARTS[0] | {"facts": FACTS | {"commit": commit}}
     benchmark = dict(name="benchmark", status="ok", reason="", facts={"file": "rows.json"})
-    second.write_text(json.dumps({"parts": [environment, benchmark]}))
+    profile = dict(name="profile", status="ok", reason="", facts=PROFILE)
+    second.write_text(json.dumps({"parts": [environment, benchmark, profile]}))
     return [str(first), str(second)]
 
 
@@ -38,17 +42,21 @@ def test_tables(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{gpu_table.MARKS[0]}\nold\n{gpu_table.MARKS[1]}\nafter\n")
     said = []
-    assert gpu_table.main([*written(tmp_path), "--out", str(tmp_path), "--page", str(page)], said.append) == 0
-    found = json.loads((tmp_path / "2026-01-02-nvidia-x100-abc.json").read_text())
-    assert found["machine"] == FACTS and found["searches"] == SEARCHES and found["benchmark"] == BENCHMARK
-    assert found["checks"] == ["graphs: failed, 1 of 28 wrong"]
+    assert gpu_table.main([*written(tmp_path, "def"), "--out", str(tmp_path), "--page", str(page)], said.append) == 0
+    first, second = (json.loads((tmp_path / f"2026-01-02-nvidia-x100-{c}.json").read_text()) for c in ("abc", "def"))
+    assert first["machine"] == FACTS and first["searches"] == SEARCHES and "benchmark" not in first
+    assert second["benchmark"] == BENCHMARK and first["checks"] == ["graphs: failed, 1 of 28 wrong"]
     text = page.read_text()
     assert "| search, 1M points in space, 16 nearest | forward | float32 | 2 | 1.5 | 60 (CuPy KDTree) | 30x |" in text
     assert "| outliers | 8,192 | 3 | 16 | causal | 0.51 | 0.25 | 0.24 | 43 | 0 |" in text
+    assert "| search, 1M points in space, 16 nearest | forward | float32 | triton | 2.5 | 43 | 2.6 | 1.5 |" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "commit abc" in text and "graphs: failed" in (tmp_path / "2026-01-02-nvidia-x100-abc.md").read_text()
+    assert "commit abc" in text and "commit def" in text
+    assert "graphs: failed" in (tmp_path / "2026-01-02-nvidia-x100-abc.md").read_text()
 
 
-def test_results_of_two_commits_are_no_result(tmp_path):
-    with pytest.raises(ValueError, match="commit other, the others have abc"):
-        gpu_table.main([*written(tmp_path, "other"), "--out", str(tmp_path)])
+def test_a_result_names_its_machine(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"parts": PARTS[1:]}))
+    with pytest.raises(ValueError, match="no part of .* says which machine"):
+        gpu_table.main([str(path), "--out", str(tmp_path)])

@@ -19,7 +19,8 @@ from .tree import JIT
 
 GROUP = 8  # points at a time
 SHORTEST = 128  # points in a slice
-REGISTERS = 144
+REGISTERS = 176
+PROGRAMS = 2048  # at most, of blocks of queries times slices
 EXACT = {"enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": 255})  # ptxas spills without a limit
 
 
@@ -212,9 +213,9 @@ def merge_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def cut(items: int, N: int, kept: int, programs: int) -> tuple[int, int]:
+def cut(items: int, N: int, kept: int) -> tuple[int, int]:
     """How many slices, and of how many points: as many as fill a GPU, if they are not too short."""
-    most = min(programs // items, N // SHORTEST, lists.MOST_MEMORY // (items * kept * lists.LANES * 8))
+    most = min(PROGRAMS // items, N // SHORTEST, lists.MOST_MEMORY // (items * kept * lists.LANES * 8))
     size = triton.cdiv(triton.cdiv(N, max(1, most)), GROUP) * GROUP
     return triton.cdiv(N, size), size
 
@@ -250,9 +251,9 @@ def search(
 
     (K, kept), CAP = lists.sizes(k), 32 + GROUP
     blocks = B * triton.cdiv(M, lists.LANES)
-    slices, size = cut(blocks, N, kept, lists.resident(device, REGISTERS))
+    slices, size = cut(blocks, N, kept)
     items = blocks * slices
-    programs = lists.programs(items, CAP + kept, device, REGISTERS)
+    programs = lists.programs(items, CAP + kept, PROGRAMS)
     memory = torch.empty(programs * CAP * lists.LANES, dtype=torch.int64, device=device)
     parts = items if slices > 1 else programs
     best = torch.empty(parts * kept * lists.LANES, dtype=torch.int64, device=device)

@@ -179,8 +179,8 @@ def write_nothing(OUT_I, OUT_D, at, mask, k):
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def sizes(k: int) -> tuple[int, int]:
-    """K and how many keys are kept, a multiple of it. More at a time would take registers, and fewer programs fit."""
-    K = 4 if k <= 4 else 8
+    """K and how many keys are kept, a multiple of it. Two lists of 16 at a time would not fit into registers."""
+    K = max(4, triton.next_power_of_2(k)) if k <= THINNED else 8
     return K, triton.cdiv(k, K) * K
 
 
@@ -198,6 +198,6 @@ def resident(device: torch.device, registers: int) -> int:
     return multiprocessors * (REGISTERS // registers)
 
 
-def programs(work: int, entries: int, device: torch.device, registers: int) -> int:
+def programs(work: int, entries: int, most: int) -> int:
     """How many share the work, each with so many entries of memory a lane, which it uses for piece after piece."""
-    return max(1, min(resident(device, registers), work, MOST_MEMORY // (entries * LANES * 8)))
+    return max(1, min(most, work, MOST_MEMORY // (entries * LANES * 8)))

@@ -280,13 +280,16 @@ def walk_kernel(
 JUMP = 3.0
 
 
+BATCH = 8  # of keys that are merged at the end: more would take the most registers of all, and fewer programs fit
+
+
 def seeds(k: int) -> int:
     """Leaves at a packet's seat that it looks into before anything else."""
     return min(trees.FAN, max(3, triton.cdiv(3 * k, trees.LEAF)))
 
 
 def registers(D: int) -> int:
-    return 136 if D <= 3 else 232
+    return 144 if D <= 3 else 232
 
 
 def group(D: int) -> int:
@@ -301,9 +304,10 @@ def search(
     """Indices and squared distances [B, M, k]."""
     B, M, D = queries.shape
     layout = tree.layout
-    (K, kept), CAP = lists.sizes(k), 3 * trees.LEAF
-    near = kept if kept <= lists.THINNED else 0
-    programs = lists.programs(triton.cdiv(B * M, lists.LANES), CAP + kept, queries.device, registers(D))
+    (near, kept), CAP = lists.sizes(k), 3 * trees.LEAF
+    K, near = min(near, BATCH), near if near == kept else 0
+    most = lists.resident(queries.device, registers(D))
+    programs = lists.programs(triton.cdiv(B * M, lists.LANES), CAP + kept, most)
     indices = torch.empty(B, M, k, dtype=torch.int64, device=queries.device)
     sq_dists = torch.empty(B, M, k, device=queries.device)
     memory = torch.empty(programs * (CAP + kept) * lists.LANES, dtype=torch.int64, device=queries.device)
