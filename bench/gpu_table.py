@@ -44,6 +44,12 @@ def beside_peers(rows: list[dict]) -> str:
     return in_markdown(head, lines)
 
 
+def with_goals(rows: list[dict]) -> list[dict]:
+    """Of a page: the ops that have goals, but for searches, which have a table of their own."""
+    wanted = {case.name for case in CASES if case.goals and case.op != "knn"}
+    return [r for r in rows if r["case"] in wanted]
+
+
 def kernels(rows: list[dict]) -> str:
     """Those with a goal come with it."""
     goals = {case.name: case.goals for case in CASES}
@@ -109,6 +115,11 @@ def said(facts: dict) -> str:
     return f"Medians, the L2 cache overwritten before each run; {named}.\n"
 
 
+def table(name: str, rows: list[dict], facts: dict) -> str:
+    title, write = TABLES[name]
+    return f"**{title}**\n\n{write(rows)}\n{said(facts)}"
+
+
 def main(argv: list[str] | None = None, say: Callable[[str], object] = print) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_table", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
@@ -128,6 +139,8 @@ def main(argv: list[str] | None = None, say: Callable[[str], object] = print) ->
         checked = "\n".join(f"- {line}" for line in checks)
         path.with_suffix(".md").write_text("\n".join([f"# {facts['gpu']}\n", *tables.values(), checked]) + "\n")
         shown |= tables
+        if short := with_goals(found.get("profile", [])):
+            shown["profile"] = table("profile", short, facts)
         say(f"written to {path}")
     put_between(given.page, MARKS, "\n".join(shown[name] for name in TABLES if name in shown and name != "crossover"))
     say(f"shown in {given.page}")

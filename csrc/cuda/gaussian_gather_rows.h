@@ -4,7 +4,7 @@
 // Instructions are what these kernels run out of first: a row of 128 bytes costs a warp 5 beside its arithmetic. So numbers
 // of rows have 32 bits, sizes that a lane divides by are powers of two, and nothing is computed twice for each edge.
 //
-// Compiled, and run in the tests' emulator. On a GPU (H200) an earlier form was right; this one has not yet run there.
+// On a GPU (H200) it was right but for one fault, which has been mended since; how fast it is has not yet been measured.
 #pragma once
 
 #include <cuda_bf16.h>

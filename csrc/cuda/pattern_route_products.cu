@@ -1,5 +1,5 @@
 // What pattern routing does before and after PyTorch's own products: pattern_route.h says what. Both kernels should run at the
-// memory's speed. Compiled, run in the tests' emulator, not yet run on a GPU.
+// memory's speed.
 #include "cuda/half.h"
 #include "cuda/launch.h"
 #include "cuda/pattern_route.h"

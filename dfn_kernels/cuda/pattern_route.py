@@ -65,7 +65,7 @@ def _padded(size: int, tile: int) -> int:
 def grouping_pays(T: int, P: int, K: int, N: int, k: int, dtype: torch.dtype) -> bool:
     """Whether top_k is worth `grouped`: some 12 launches, 60 us, against the products of the other patterns.
 
-    In that time Hopper's tensor cores do 2e10 multiply-adds, the float32 kernel about 3e8. Not yet run on a GPU.
+    In that time Hopper's tensor cores do 2e10 multiply-adds, the float32 kernel about 3e8. Not yet measured.
     """
     return (P - k) * T * K * N >= (20_000_000_000 if dtype in (torch.float16, torch.bfloat16) else 300_000_000)
 

@@ -6,8 +6,7 @@ With s bytes a state and o = 4 H (3 D + 1) bytes for positions, flow and energy,
 (positions in and out, flow, energy) and 2 s d + o backward (states and their gradient; gradients of the outputs, flow),
 so 262,144 entities with d = 256 and one head in 3-D take 279 MB forward and 547 MB backward in float32, 145 MB and
 279 MB in bfloat16. The sums over entities add H D (d + 1) + H numbers per chunk, written and read once. On an H200
-that forward took 0.081 and 0.063 ms, products in blocks of 64; blocks of 32 and today's backward pass of one head have
-not yet run on a GPU.
+that forward took 0.081 and 0.063 ms; today's backward pass of one head has not yet run on a GPU.
 """
 
 import torch
@@ -211,9 +210,9 @@ def sum_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-# Products of float32 in three parts of tensor-core precision, at the memory's speed and as exact as plain float32.
-# Tensor cores truncate where they add, so each block of the depth is summed apart and then added with rounding: by
-# emulation the error of 256 channels is 1.4e-7 in blocks of 32 and 2.0e-7 in blocks of 64 (an H200 gave the same), that
+# Products of float32 in three parts of tensor-core precision, at the memory's speed and about as exact as plain
+# float32. Tensor cores truncate where they add, so each block of the depth is summed apart and then added with
+# rounding: the error of 256 channels is 2.0e-7 in blocks of 64 on an H200 (1.4e-7 in blocks of 32 by emulation), that
 # of plain products 1.5e-7 to 2.9e-7 by their order. AMD's compiler has no such product; its matrix cores multiply
 # float32 itself.
 PRECISION = {torch.float32: "ieee" if torch.version.hip else "tf32x3", torch.float64: "ieee"}
@@ -230,11 +229,11 @@ def by_rows(H: int, D: int, d: int, dtype: torch.dtype) -> bool:
 
 
 # Tiles are functions of shape and dtypes, and few: the tests compile all of them ahead of time. The limit is registers.
-def forward_tile(outputs: int, real: torch.dtype) -> dict:
+def forward_tile(outputs: int, states: torch.dtype, real: torch.dtype) -> dict:
     BJ = _padded(outputs, 16)
     if real == torch.float64:
         return {"PRECISION": PRECISION[real], "BN": 16, "BJ": BJ, "BC": 16}
-    return {"PRECISION": PRECISION[real], "BN": 64, "BJ": BJ, "BC": 32}
+    return {"PRECISION": PRECISION[real], "BN": 64, "BJ": BJ, "BC": 64 if BJ == 16 and states == real else 32}
 
 
 def forward_rows_tile(D: int, d: int) -> dict:
@@ -272,7 +271,7 @@ def flow_drift(
     if positions.numel() == 0:
         return moved, flow, energy.zero_()
     sums = by_rows(H, D, d, positions.dtype) and states.dtype != positions.dtype  # float32: the product is faster
-    tile = forward_rows_tile(D, d) if sums else forward_tile(H * D, positions.dtype)
+    tile = forward_rows_tile(D, d) if sums else forward_tile(H * D, states.dtype, positions.dtype)
     kernel, shape = (forward_rows_kernel, (N, d)) if sums else (forward_kernel, (H, N, D, d))
     kernel[(B * triton.cdiv(N, tile["BN"]),)](
         states, positions, weight, alpha if bias is None else bias, alpha,

@@ -22,7 +22,11 @@ PARTS = [
 ]  # fmt: skip
 
 
-PROFILE = [ROW | dict(backend="triton", ms=2.5, launches=43, graph_ms=2.6, host_us=900.0, kernels=[])]
+NORM = "flow_norm-B4-N65536-d256"
+PROFILE = [
+    dict(case=case, mode="training", dtype="float32", backend="triton", ms=2.5, launches=43, graph_ms=2.6, host_us=900.0)
+    for case in (NORM, ROW["case"])
+]  # fmt: skip
 
 
 def written(tmp_path, commit="abc"):
@@ -49,7 +53,8 @@ def test_tables(tmp_path):
     text = page.read_text()
     assert "| search, 1M points in space, 16 nearest | forward | float32 | 2 | 1.5 | 60 (CuPy KDTree) | 30x |" in text
     assert "| outliers | 8,192 | 3 | 16 | causal | 0.51 | 0.25 | 0.24 | 43 | 0 |" in text
-    assert "| search, 1M points in space, 16 nearest | forward | float32 | triton | 2.5 | 43 | 2.6 | 1.5 |" in text
+    norm = "| causal norm, 4 x 66k entities, 256 channels | with gradients | float32 | triton | 2.5 | 43 | 2.6 | 0.4 |"
+    assert norm in text and "with gradients | float32 | triton | 2.5 | 43 | 2.6 |  |" not in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "commit abc" in text and "commit def" in text
     assert "graphs: failed" in (tmp_path / "2026-01-02-nvidia-x100-abc.md").read_text()
