@@ -289,7 +289,7 @@ def seeds(k: int) -> int:
 
 
 def registers(D: int) -> int:
-    return 144 if D <= 3 else 232
+    return 152 if D <= 3 else 232
 
 
 def group(D: int) -> int:
