@@ -23,7 +23,7 @@ from .runs.flags import Parser, add_options, given_options, not_negative, positi
 from .runs.needed import check_installed
 from .runs.tables import figures_in_words, table
 from .studies import parts, photographs
-from .studies.command import add_studies
+from .studies.command import STUDIES, add_studies
 from .studies.memory_task import run_memory
 from .training.progress import shown
 
@@ -328,20 +328,11 @@ def only(given: dict, *names: str) -> dict:
     return given
 
 
-# What the lines of a study say: a cell's name and its figure.
-CELLS = {
-    "language": ("model/learning rate/seed", "held-out bits per byte (less is better)"),
-    "recall": ("model/layers/dim/pairs/learning rate/seed", "share of queries answered (more is better)"),
-    "length": ("task/model/learning rate/seed", "held-out bits per byte (less is better), or share of needles found"),
-    "parts": ("task/what is changed/seed", "held-out bits per byte (less is better), or share answered"),
-}
-
-
 def study(arguments: argparse.Namespace) -> None:
     """A study's cells and table; its picture, too, where Ctrl-C stops it."""
     name = arguments.study.__module__.rpartition(".")[2]
-    if name in CELLS:
-        print("each line: {}: {}".format(*CELLS[name]))
+    if name in STUDIES:
+        print(f"each line: what was trained, and its {STUDIES[name].MEASURED}")
     print(f"{arguments.out} keeps study.json as results come, then study.md and study.png", flush=True)
     try:
         arguments.study(arguments)

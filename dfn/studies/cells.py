@@ -38,9 +38,10 @@ class Study:
     Raises UsageError where the folder holds a study with other options or data.
     """
 
-    def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, evaluations: int = 8,
-                 progress: bool = True, say: Callable[[str], object] = said):  # fmt: skip
+    def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, names: str,
+                 evaluations: int = 8, progress: bool = True, say: Callable[[str], object] = said):  # fmt: skip
         self.folder, self.path, self.progress, self.say = folder, folder / "study.json", progress, say
+        self.names = names  # of what a cell's key is made of, as it is
         self.evaluations = evaluations
         asked = {"study": name, "options": options, "data": data or {}}
         self.found = load(folder) if self.path.exists() else {**asked, "environments": [], "cells": {}}
@@ -60,7 +61,7 @@ class Study:
         """The cell of this key; ``compute(folder)`` makes it if it is not there. One that blows up says so."""
         if key not in self.cells:
             folder = self.folder / "cells" / key.replace("/", "_")
-            self.say(f"{len(self.cells) + 1}: {key}")
+            self.say(f"{len(self.cells) + 1}. {in_words(key, self.names)} ..")
             try:
                 result = compute(folder)
             except NonFiniteLoss as error:
@@ -71,7 +72,7 @@ class Study:
             with contextlib.suppress(OSError):  # another cell was stopped in it
                 folder.parent.rmdir()
             shown = result.get("failed") or f"{result['value']:.4f}"
-            self.say(f"{key}: {shown}")
+            self.say(f"   {in_words(key, self.names)}: {shown}")
         return self.cells[key]
 
     def trained(self, make_task: Callable[[Options], Task], options: Options, folder: Path) -> tuple[runs.Run, dict]:
@@ -118,6 +119,16 @@ class Study:
         text = table(self.found)
         write_whole(self.folder / "study.md", text.encode())
         self.say(text)
+
+
+def in_words(key: str, names: str) -> str:
+    """A key as one says it.
+
+    >>> in_words("dfn/2/0.003", "model/layers/learning rate")
+    'dfn, layers 2, learning rate 0.003'
+    """
+    (_, first), *others = zip(names.split("/"), key.split("/"), strict=True)
+    return ", ".join([first, *(f"{name} {value}" for name, value in others)])
 
 
 def load(folder: Path) -> dict:

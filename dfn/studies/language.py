@@ -15,6 +15,7 @@ SIZES = {
     "0.1M": dict(dim=64, layers=2), "0.3M": dict(dim=88, layers=4), "1M": dict(dim=160, layers=4),
     "2.3M": dict(dim=256, layers=4), "13M": dict(dim=512, layers=6, heads=8),
 }  # fmt: skip
+NAMES, MEASURED = "model/learning rate/seed", "held-out bits per byte (less is better)"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict:
     split = split_by_content(arguments.data)
     judged = split.held_out[: arguments.judged]
     study = Study("language", arguments.out, asked(arguments, "data", "models", "rates"), split.facts(judged),
-                  evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
+                  names=NAMES, evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
     study.found.setdefault("beside", beside(split, judged))
     config = dfn_config(arguments)
 

@@ -24,6 +24,7 @@ MODELS = ("dfn", "transformer++", "window")  # the plain Transformer ends where 
 TASKS = ("text", "needle")
 HERE, WHICH, NOISE, SYMBOLS = 0, 1, 30, 32  # ids: two marks, then noise, then symbols
 TOKENS = 2 + NOISE + SYMBOLS
+NAMES, MEASURED = "task/model/learning rate/seed", "held-out bits per byte (less is better), or share of needles found"
 
 
 def needle_batch(
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace) -> dict:
     split = split_by_content(arguments.data) if "text" in arguments.tasks else None
     judged = None if split is None else split.held_out[: arguments.rows * judged_at[-1] + 1]
     study = Study("length", arguments.out, asked(arguments, "data", "models", "tasks"),
-                  evaluations=4, progress=not arguments.quiet)  # fmt: skip
+                  names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     if split is not None:
         facts = study.found.setdefault("text", split.facts(judged))
         if facts != split.facts(judged):

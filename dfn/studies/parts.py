@@ -25,6 +25,7 @@ PAIRS = 8
 MEMORY = 256
 RECALL = dict(vocab_size=64, dim=64, layers=2)
 RECALL_OPTIONS = dict(dim=64, layers=2, lr=3e-3, warmup=200, batch=32)
+NAMES, MEASURED = "task/part/seed", "held-out bits per byte (less is better), or share answered"
 
 
 def block(config: dict, **options) -> dict:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict:
     split = split_by_content(arguments.data)
     judged = split.held_out[: arguments.judged]
     study = Study("parts", arguments.out, asked(arguments, "data", "lines", "tasks"), split.facts(judged),
-                  evaluations=4, progress=not arguments.quiet)  # fmt: skip
+                  names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     study.found["lines"] = {line: said for line, (said, _) in LINES.items()}
     names = ("dim", "layers", "heads", "pos_dim", "k", "memory_size")
     config = dict(vocab_size=256, **{name: getattr(arguments, name) for name in names})

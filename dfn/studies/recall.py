@@ -26,6 +26,7 @@ LONGEST = 256
 VOCABULARY = 8192  # Zoology's
 POWER = 0.01  # of its gaps
 JUDGED = 1000  # sequences
+NAMES, MEASURED = "model/layers/dim/pairs/learning rate/seed", "share of queries answered (more is better)"
 
 
 def recall_batch(
@@ -111,9 +112,9 @@ def recall_accuracy(model: nn.Module, ids: Tensor, targets: Tensor, vocab_size: 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(MODELS), help="default: " + " ".join(MODELS))
     parser.add_argument("--pairs", type=positive, nargs="+", default=[4, 8, 16, 32, 64], help="default: 4 8 16 32 64")
-    parser.add_argument("--dims", type=positive, nargs="+", default=[64, 128], help="sizes of a state (64 128)")
-    parser.add_argument("--depths", type=positive, nargs="+", default=[1, 2], help="numbers of layers (1 2)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates to try (3e-3)")
+    parser.add_argument("--dims", type=positive, nargs="+", default=[64, 128], help="sizes of a state")
+    parser.add_argument("--depths", type=positive, nargs="+", default=[1, 2], help="numbers of layers")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates to try")
     parser.add_argument("--zoology", action="store_true", help="8,192 tokens and scattered queries")
     parser.add_argument("--evaluations", type=positive, default=15, help="points of a curve (default: 15)")
     add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=3, warmup=200, weight_decay=0.01, seed=0)
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
     grows = ("models", "pairs", "dims", "depths", "rates")
     settings = {pairs: setting(pairs, arguments.zoology) for pairs in arguments.pairs}
-    study = Study("recall", arguments.out, asked(arguments, *grows), evaluations=arguments.evaluations,
+    study = Study("recall", arguments.out, asked(arguments, *grows), names=NAMES, evaluations=arguments.evaluations,
                   progress=not arguments.quiet)  # fmt: skip
 
     def compute(kind: str, layers: int, dim: int, pairs: int, rate: float, seed: int) -> dict:

@@ -229,8 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
     settings = {task: defaults for task, (_, defaults) in MAKES.items()}
-    study = Study("weak spots", arguments.out, asked(arguments, "lines", "result"), evaluations=2,
-                  progress=not arguments.quiet)  # fmt: skip
+    study = Study("weak spots", arguments.out, asked(arguments, "lines", "result"), names="task/line/seed",
+                  evaluations=2, progress=not arguments.quiet)  # fmt: skip
     if study.found.setdefault("settings", settings) != settings:
         raise UsageError(f"{arguments.out} holds a study with other settings; another --out begins a new one")
     study.found["lines"] = {

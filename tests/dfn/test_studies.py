@@ -200,10 +200,10 @@ def test_modules_are_commands(monkeypatch):
 
 
 def test_another_machine_is_noted(tmp_path, monkeypatch):
-    first = Study("recall", tmp_path, {"seed": 0}, say=lambda line: None)
+    first = Study("recall", tmp_path, {"seed": 0}, names="model", say=lambda line: None)
     first.cell("a", lambda folder: dict(value=1.0))
     monkeypatch.setattr(cells, "environment", lambda: dict(machine="another"))
-    second = Study("recall", tmp_path, {"seed": 0}, say=lambda line: None)
+    second = Study("recall", tmp_path, {"seed": 0}, names="model", say=lambda line: None)
     second.cell("b", lambda folder: dict(value=2.0))
     found = json.loads((tmp_path / "study.json").read_text())
     assert [c["environment"] for c in found["cells"].values()] == [0, 1] and len(found["environments"]) == 2
