@@ -288,8 +288,9 @@ def seeds(k: int) -> int:
     return min(trees.FAN, max(3, triton.cdiv(3 * k, trees.LEAF)))
 
 
-def registers(D: int) -> int:
-    return 152 if D <= 3 else 232
+def registers(D: int, k: int) -> int:
+    """The fewest with which nothing spills, on any target."""
+    return 232 if D > 3 else 152 if k <= lists.THINNED else 136
 
 
 def group(D: int) -> int:
@@ -306,7 +307,7 @@ def search(
     layout = tree.layout
     (near, kept), CAP = lists.sizes(k), 3 * trees.LEAF
     K, near = min(near, BATCH), near if near == kept else 0
-    most = lists.resident(queries.device, registers(D))
+    most = lists.resident(queries.device, registers(D, k))
     programs = lists.programs(triton.cdiv(B * M, lists.LANES), CAP + kept, most)
     indices = torch.empty(B, M, k, dtype=torch.int64, device=queries.device)
     sq_dists = torch.empty(B, M, k, device=queries.device)
@@ -321,6 +322,6 @@ def search(
         HAS_LQ=query_lengths is not None, HAS_BOUND=bound is not None, MASKED=causal or not include_self,
         D=D, ONE=kept == K, K=K, LOG=K.bit_length() - 1, NEAR=near, LOG_NEAR=near.bit_length() - 1,
         JUMP=JUMP, LEAF=trees.LEAF, FAN=trees.FAN, GROUP=group(D), CAP=CAP, LANES=lists.LANES,
-        **lists.options(registers(D)),
+        **lists.options(registers(D, k)),
     )  # fmt: skip
     return indices, sq_dists
