@@ -122,10 +122,7 @@ __device__ __forceinline__ A sum_over(A x, int width) {
 template <class A>
 __device__ __forceinline__ A least_of(A x, int width) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const A other = __shfl_xor_sync(kAll, x, step);
-    if (step < width) x = lesser(x, other);
-  }
+  for (int step = 16; step > 0; step /= 2) x = lesser(x, __shfl_xor_sync(kAll, x, step < width ? step : 0));
   return x;
 }
 

@@ -38,7 +38,7 @@ class Study:
     Raises UsageError where the folder holds a study with other options or data.
     """
 
-    def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, names: str,
+    def __init__(self, name: str, folder: Path, options: dict, data: dict | None = None, *, names: str = "",
                  evaluations: int = 8, progress: bool = True, say: Callable[[str], object] = said):  # fmt: skip
         self.folder, self.path, self.progress, self.say = folder, folder / "study.json", progress, say
         self.names = names  # of what a cell's key is made of, as it is
@@ -122,11 +122,13 @@ class Study:
 
 
 def in_words(key: str, names: str) -> str:
-    """A key as one says it.
+    """A key as one says it; as it is, where its parts have no names.
 
     >>> in_words("dfn/2/0.003", "model/layers/learning rate")
     'dfn, layers 2, learning rate 0.003'
     """
+    if not names:
+        return key
     (_, first), *others = zip(names.split("/"), key.split("/"), strict=True)
     return ", ".join([first, *(f"{name} {value}" for name, value in others)])
 

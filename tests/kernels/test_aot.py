@@ -94,10 +94,15 @@ def test_every_tile_of_the_gather_is_compiled():
 
 
 def test_every_list_of_the_search_is_compiled():
-    from dfn_kernels.triton.knn import MOST_DIMENSIONS, lists
+    from dfn_kernels.triton.knn import MOST_DIMENSIONS, lists, walk
+
+    def merged_and_thinned(k):
+        near, kept = lists.sizes(k)
+        return min(near, walk.BATCH), kept == min(near, walk.BATCH), near if near == kept else 0
 
     want = {(K, kept == K) for K, kept in map(lists.sizes, range(1, 1025))}
     assert constants("knn", "slice_kernel", "K", "ONE") == constants("knn", "merge_kernel", "K", "ONE") == want
-    walked = {(D, *size) for D in range(1, MOST_DIMENSIONS + 1) for size in want}
-    assert constants("knn", "walk_kernel", "D", "K", "ONE") == walked
+    sizes = set(map(merged_and_thinned, range(1, 1025)))
+    walked = {(D, *size) for D in range(1, MOST_DIMENSIONS + 1) for size in sizes}
+    assert constants("knn", "walk_kernel", "D", "K", "ONE", "NEAR") == walked
     assert constants("knn", "row_kernel", "K") == {(64,), (128,), (256,), (512,), (1024,)}
