@@ -29,7 +29,7 @@ from dfn_kernels._backends import missing
 
 from . import report
 from .cases import CASES, Case
-from .gpu_profile import crossover, profiled_cases, profiled_searches
+from .gpu_profile import crossover, keep, profiled_cases, profiled_searches
 from .measure import run_case
 from .timing import captured, ceilings
 
@@ -39,13 +39,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 class Skip(Exception):
     """This part cannot run here."""
-
-
-def keep(facts: object) -> None:
-    """Hands what was measured to the suite."""
-    path = os.environ.get("DFN_SUITE_FACTS")
-    if path:
-        Path(path).write_text(json.dumps(facts))
 
 
 # ---- the ops, as the benchmark's cases name them --------------------------------------------------------------------

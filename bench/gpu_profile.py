@@ -18,6 +18,13 @@ from .timing import captured, time_ms
 from .walk_steps import points as point_set
 
 
+def keep(facts: object) -> None:
+    """Hands what was measured to the suite."""
+    path = os.environ.get("DFN_SUITE_FACTS")
+    if path:
+        Path(path).write_text(json.dumps(facts))
+
+
 def busy(run: Callable[[], object], device: str) -> dict:
     """One run under the profiler: kernels as (name, ms, launches), the longest first; their sum and number."""
     activities = [ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]
@@ -83,8 +90,7 @@ def profiled_cases(device: str = "cuda", small: bool = False, cases: list[Case] 
                   f"launches, graph {graph:.3f} ms, host {row['host_us']:.0f} us", flush=True)  # fmt: skip
             for name, ms, count in row["kernels"][:5]:
                 print(f"    {ms:8.3f} ms {count:4d} x {name}", flush=True)
-            if path := os.environ.get("DFN_SUITE_FACTS"):
-                Path(path).write_text(json.dumps(rows))
+            keep(rows)
     return f"{len(rows)} profiled"
 
 
@@ -130,8 +136,7 @@ def profiled_searches(
         )
         for name, ms, count in row["kernels"]:
             print(f"    {ms:8.3f} ms {count:4d} x {name}", flush=True)
-        if path := os.environ.get("DFN_SUITE_FACTS"):
-            Path(path).write_text(json.dumps(rows))
+        keep(rows)
     if wrong:
         raise AssertionError("; ".join(wrong))
     return f"{len(rows)} searches"
@@ -181,8 +186,7 @@ def crossover(
             row[name] = graphed_ms(run) if device == "cuda" else statistics.median(time_ms(run, device, 0.0))
         rows.append(row)
         print(row, flush=True)
-        if path := os.environ.get("DFN_SUITE_FACTS"):
-            Path(path).write_text(json.dumps(rows))
+        keep(rows)
     return f"{len(rows)} compared"
 
 

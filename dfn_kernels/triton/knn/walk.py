@@ -278,8 +278,6 @@ def walk_kernel(
 # The order jumps where one gap is longer than half of all others of the packet: cut there, it walks two short ways
 # instead of testing all that lies between.
 JUMP = 3.0
-
-
 BATCH = 8  # of keys that are merged at the end: more would take the most registers of all, and fewer programs fit
 
 
@@ -289,7 +287,7 @@ def seeds(k: int) -> int:
 
 
 def registers(D: int, k: int) -> int:
-    """The fewest with which nothing spills, on any target."""
+    """Few, and nothing spills in what the tests compile: ptxas spills a few bytes at some limits in between."""
     return 232 if D > 3 else 160 if k <= lists.THINNED else 184
 
 
