@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cases import CASES
-from .measure import OURS
+from .measure import OURS, Row
 from .names import readable
-from .report import in_markdown, put_between
+from .report import best_peer, in_markdown, put_between
 
 HERE = Path(__file__).parent
 MODES = {"forward": "forward", "training": "with gradients"}
@@ -30,16 +30,16 @@ def count(n: int) -> str:
 
 def beside_peers(rows: list[dict]) -> str:
     """Rows of the benchmark: ours, the fastest of our backends, beside the fastest peer of the same work."""
+    timed, fastest = [Row(**r) for r in rows if r.get("ms")], {}
+    for row in sorted((r for r in timed if r.who in OURS), key=lambda r: r.ms):
+        fastest.setdefault((row.case, row.mode, row.dtype), row)
     lines = []
-    for key in dict.fromkeys((r["case"], r["mode"], r["dtype"]) for r in rows if r.get("ms")):
-        same = [r for r in rows if r.get("ms") and (r["case"], r["mode"], r["dtype"]) == key]
-        ours = min((r for r in same if r["who"] in OURS), key=lambda r: r["ms"], default=None)
-        peer = min((r for r in same if r["who"] not in OURS), key=lambda r: r["ms"], default=None)
-        if ours is None:
-            continue
-        against = "" if peer is None else f"{ms(peer['ms'])} ({peer['who']})"
-        times = "" if peer is None else f"{peer['ms'] / ours['ms']:.2g}x"
-        lines.append([readable(key[0]), MODES[key[1]], key[2], ms(ours["ms"]), ms(ours.get("goal")), against, times])
+    for key in dict.fromkeys((r.case, r.mode, r.dtype) for r in timed if r.who in OURS):
+        ours = fastest[key]
+        peer = best_peer(ours, timed)
+        against = "" if peer is None else f"{ms(peer.ms)} ({peer.who})"
+        times = "" if peer is None else f"{peer.ms / ours.ms:.2g}x"
+        lines.append([ours.words, MODES[ours.mode], ours.dtype, ms(ours.ms), ms(ours.goal), against, times])
     head = ["work", "", "dtype", "ours, ms", "goal, ms", "fastest peer, ms", "its time over ours"]
     return in_markdown(head, lines)
 

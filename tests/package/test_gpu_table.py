@@ -7,7 +7,7 @@ import pytest
 from bench import gpu_table
 
 FACTS = dict(gpu="NVIDIA X100", date="2026-01-02", torch="2.0", triton="3.0", driver="1", commit="abc")
-ROW = dict(case="knn-B1-N1000000-D3-k16", mode="forward", dtype="float32", goal=1.5)
+ROW = dict(case="knn-B1-N1000000-D3-k16", op="knn", mode="forward", dtype="float32", goal=1.5)
 BENCHMARK = [
     ROW | dict(who="triton", ms=2.0), ROW | dict(who="reference", ms=9.0), ROW | dict(who="CuPy KDTree", ms=60.0),
     ROW | dict(who="broken", ms=None), ROW | dict(who="slow", ms=70.0, goal=None),
