@@ -40,6 +40,15 @@ def quiet(options, folder, **more):
     return runs.train(options, folder, **{"progress": False, "say": lambda line: None, "evaluations": 0, **more})
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so would what it tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_keeps_the_step_that_is_under_way(text, tmp_path, monkeypatch):
     """The run that goes on ends with the same bits as one that was never stopped."""
     whole = quiet(options(text, steps=5), tmp_path / "whole")
