@@ -145,11 +145,16 @@ def environment() -> dict:
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     ).stdout.strip() if shutil.which("git") else ""  # fmt: skip
-    return dict(
+    found = dict(
         machine=runs.machine(), threads=torch.get_num_threads(), system=platform.system(),
         python=platform.python_version(), torch=torch.__version__, dfn=getattr(dfn_kernels, "__version__", ""),
         commit=commit, date=datetime.date.today().isoformat(),
     )  # fmt: skip
+    if torch.cuda.is_available():  # the kernels are compiled by the Triton that came with PyTorch
+        found |= dict(
+            cuda=torch.version.cuda or torch.version.hip, triton=getattr(sys.modules.get("triton"), "__version__", "")
+        )
+    return found
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
