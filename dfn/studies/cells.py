@@ -46,7 +46,7 @@ class Study:
         asked = {"study": name, "options": options, "data": data or {}}
         self.found = load(folder) if self.path.exists() else {**asked, "environments": [], "cells": {}}
         for part, value in asked.items():
-            if self.found[part] != json.loads(json.dumps(value)):
+            if switched_on(self.found[part]) != switched_on(json.loads(json.dumps(value))):
                 raise UsageError(f"{folder} holds a study with other {part}; another --out begins a new one")
         here = environment()
         if here not in self.found["environments"]:
@@ -119,6 +119,11 @@ class Study:
         text = table(self.found)
         write_whole(self.folder / "study.md", text.encode())
         self.say(text)
+
+
+def switched_on(part: object) -> object:
+    """Options without those that are off: a study of before an option came was made with it off."""
+    return {name: value for name, value in part.items() if value} if isinstance(part, dict) else part
 
 
 def in_words(key: str, names: str) -> str:
