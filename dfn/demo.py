@@ -75,7 +75,7 @@ def run(
         f"{MODEL['heads']} heads, {MODEL['k']} neighbours; {ran_on}"
     )
 
-    trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
+    trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, counted="bytes", **TRAINING)
     stream = batches(corpus.train, BATCH, length, torch.Generator().manual_seed(seed))
     starts = torch.linspace(0, max(0, len(corpus.held_out) - 2048), GLANCES).long().unique()
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])
