@@ -51,6 +51,11 @@ def main(
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        there = arguments.out / "report.md"
+        kept = f"; {there} has what there is" if there.exists() else ""
+        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
+        return 1
     finally:
         torch.set_num_threads(threads)
     return 0
