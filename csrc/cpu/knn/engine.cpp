@@ -195,13 +195,10 @@ void search_underflowing(const Request<T>& r, const Pool& pool) {
 
 template <class T>
 bool worth_more(const Request<T>& r) {
-  return worth_a_grid(r.n, r.dims) || worth_products(r, false);
+  return worth_a_grid(r.n, r.dims) || worth_products(r);
 }
 
-template <class T>
-bool worth_preparing(int64_t n, int dims) {
-  return worth_a_grid(n, dims) || worth_packing<T>(n, dims);
-}
+bool worth_preparing(int64_t n, int dims) { return worth_a_grid(n, dims) || worth_packing(n, dims, 1); }
 
 template <class T>
 Prepared<T>::Prepared(const Rows<T>& rows, const Pool& pool) : rows_(rows) {
@@ -230,7 +227,7 @@ void search(const Request<T>& r, Prepared<T>* made, const Pool& pool) {
   fill_missing(r, r.n == 0, pool);
   if (r.n == 0) return;
   if (made && made->size() != r.n) made = nullptr;
-  if (worth_products(r, made != nullptr)) {
+  if (worth_products(r)) {
     const std::vector<uint32_t> rest =
         made ? search_products(r, made->packed(), pool) : search_products(r, pack_points(point_rows(r), pool), pool);
     if (!rest.empty()) search_scan(r, r.n, pool, rest);
@@ -275,8 +272,6 @@ void SmallSearches<T>::search(const Request<T>& r) {
 
 template bool worth_more(const Request<float>&);
 template bool worth_more(const Request<double>&);
-template bool worth_preparing<float>(int64_t, int);
-template bool worth_preparing<double>(int64_t, int);
 template class Prepared<float>;
 template class Prepared<double>;
 template class SmallSearches<float>;

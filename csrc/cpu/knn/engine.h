@@ -19,7 +19,6 @@ namespace dfn::knn {
 // Does anything but comparing every pair pay, for a search or for many of the same points?
 template <class T>
 bool worth_more(const Request<T>& request);
-template <class T>
 bool worth_preparing(int64_t n, int dims);
 
 // What serves points that will be searched again and again: packed for products, where they have many dimensions, or

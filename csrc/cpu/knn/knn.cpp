@@ -178,7 +178,7 @@ Grids<T> grids_of(const Tensor& points, const Sets& sets) {
   Grids<T> grids(sets.count());
   for (int64_t i = 0; i < sets.count(); ++i) {
     const Sets::Set set = sets.at(i);
-    if (!knn::worth_preparing<T>(set.n, static_cast<int>(D))) continue;
+    if (!knn::worth_preparing(set.n, static_cast<int>(D))) continue;
     const T* first = static_cast<const T*>(points.data_ptr()) + (set.b * N + set.first) * D;
     grids[i] = std::make_unique<knn::Prepared<T>>(knn::Rows<T>{first, set.n, static_cast<int>(D)}, pool);
   }

@@ -77,7 +77,8 @@ struct Block {
   Array<uint32_t> ids;        // [queries][room]
   std::vector<Asking<T>> asking;
   std::vector<Candidates<T>*> candidates;
-  std::vector<T> some;        // [room]
+  std::vector<T> dists;       // [room]
+  int waiting;                // queries that want more points
 };
 
 template <class T>
@@ -97,25 +98,29 @@ struct Asking : Candidates<T> {
     measured = 0, gave_up = !(squares <= kLongest<T>);
     nearest.clear();
     bound = block->request->within;
+    ++block->waiting;
     set_reach();
+    if (gave_up) stop();
   }
 
   // A neighbour's lower bound is not above, in the terms of `lower`.
   void set_reach() {
     const Errors<T>& e = block->errors;
     const double most = (bound + e.underflow) / (1 - e.definition) - norm * (1 - e.product) + e.underflow;
-    this->reach = gave_up ? std::numeric_limits<T>::quiet_NaN() : rounded_up<T>(most);
+    this->reach = rounded_up<T>(most);
+  }
+
+  void stop() {
+    this->reach = std::numeric_limits<T>::quiet_NaN();
+    --block->waiting;
   }
 
   // Leaves out the candidates that are farther than k others.
   void thin() {
     const int k = block->request->k;
     if (this->count >= k) {
-      T* upper = block->some.data();
-      std::copy_n(this->upper, this->count, upper);
-      std::nth_element(upper, upper + k - 1, upper + this->count);
       const Errors<T>& e = block->errors;
-      const double most = upper[k - 1] + norm * (1 + e.product) + e.underflow;
+      const double most = kernels<T>().enough(this->upper, this->count, k) + norm * (1 + e.product) + e.underflow;
       bound = std::min(bound, most * (1 + e.definition) + e.underflow);
       set_reach();
     }
@@ -129,7 +134,7 @@ struct Asking : Candidates<T> {
 
   void measure() {
     const Request<T>& r = *block->request;
-    T* dists = block->some.data();
+    T* dists = block->dists.data();
     kernels<T>().measure(query, r.points, r.dims, this->ids, this->count, dists);
     for (int i = 0; i < this->count; ++i)
       if (dists[i] < r.within) nearest.push_back({dists[i], this->ids[i]});
@@ -140,7 +145,7 @@ struct Asking : Candidates<T> {
     nearest.resize(r.k);
     bound = std::min<double>(bound, nearest.back().dist);
     set_reach();
-    if (bound == 0) this->reach = std::numeric_limits<T>::quiet_NaN();  // who comes later has a higher id
+    if (nearest.back().dist == 0) stop();  // who comes later has a higher id
   }
 
   void make_room() {
@@ -149,7 +154,7 @@ struct Asking : Candidates<T> {
     measure();
     if (measured <= block->request->n / 4 || this->reach != this->reach) return;
     gave_up = true;
-    set_reach();
+    stop();
   }
 
   void finish(int64_t* ids, T* dists) {
@@ -211,12 +216,15 @@ PackedPoints<T> pack_points(const Rows<T>& rows, const Pool& pool) {
   return out;
 }
 
-template <class T>
-bool worth_packing(int64_t n, int dims) { return dims >= 24 && dims < (1 << 20) && n >= 256; }
+// Measured (docs/search.md, Many dimensions): what a query costs besides its products grows with k, and is won back by
+// so many comparisons. The last term keeps `error_of` below 1/2 in float32.
+bool worth_packing(int64_t n, int dims, int k) {
+  return n * (dims - 16) >= 6000 + 1300 * int64_t(k) && k <= n / 2 && dims < 1 << 22;
+}
 
 template <class T>
-bool worth_products(const Request<T>& r, bool packed) {
-  return worth_packing<T>(r.n, r.dims) && (packed || r.m >= 16) && r.k <= r.n / 8 && !r.absolute;
+bool worth_products(const Request<T>& r) {
+  return !r.absolute && worth_packing(r.n, r.dims, r.k);
 }
 
 template <class T>
@@ -226,14 +234,14 @@ std::vector<uint32_t> search_products(const Request<T>& r, const PackedPoints<T>
   const T* queries = r.queries ? r.queries : r.points;
   // A block of queries and their lists stay in the second cache while all points go by.
   constexpr int64_t kBytes = 512 << 10;
-  const int room = std::max(128, 4 * r.k);
+  const int room = std::max(64, 4 * r.k);
   const int64_t row_bytes = D * sizeof(T) + room * (2 * sizeof(T) + 4);
   const int64_t panels = std::clamp<int64_t>(std::min(kBytes / row_bytes, r.m / (4 * pool.threads)) / panel, 1, 16);
   const int64_t rows = panels * panel;
   std::vector<Block<T>> blocks;
   for (int worker = 0; worker < pool.threads; ++worker) {
     blocks.push_back({&r, Errors<T>(D), room, Array<T>(rows * D), Array<T>(rows * room), Array<T>(rows * room),
-                      Array<uint32_t>(rows * room), std::vector<Asking<T>>(rows), {}, std::vector<T>(room)});
+                      Array<uint32_t>(rows * room), std::vector<Asking<T>>(rows), {}, std::vector<T>(room), 0});
     Block<T>& b = blocks.back();
     for (int64_t i = 0; i < rows; ++i) {
       Asking<T>& a = b.asking[i];
@@ -251,6 +259,7 @@ std::vector<uint32_t> search_products(const Request<T>& r, const PackedPoints<T>
       return;
     }
     Block<T>& b = blocks[worker];
+    b.waiting = 0;
     std::vector<double> norms(panel);
     for (int64_t i = begin; i < end; i += panel) {
       const int count = static_cast<int>(std::min<int64_t>(panel, end - i));
@@ -262,7 +271,7 @@ std::vector<uint32_t> search_products(const Request<T>& r, const PackedPoints<T>
       }
     }
     const int64_t visible = r.causal ? std::min(end, r.n) : r.n;
-    for (int64_t first = 0; first < visible; first += width)
+    for (int64_t first = 0; first < visible && b.waiting > 0; first += width)
       for (int64_t i = begin; i < end; i += panel) {
         const int64_t count = std::min<int64_t>(panel, end - i);
         if (r.causal && first >= i + count) continue;
@@ -289,8 +298,7 @@ std::vector<uint32_t> search_products(const Request<T>& r, const PackedPoints<T>
 
 #define DFN_INSTANTIATE(T)                                                                                       \
   template PackedPoints<T> pack_points(const Rows<T>&, const Pool&);                                             \
-  template bool worth_packing<T>(int64_t, int);                                                                  \
-  template bool worth_products(const Request<T>&, bool);                                                         \
+  template bool worth_products(const Request<T>&);                                                               \
   template std::vector<uint32_t> search_products(const Request<T>&, const PackedPoints<T>&, const Pool&);
 DFN_INSTANTIATE(float)
 DFN_INSTANTIATE(double)

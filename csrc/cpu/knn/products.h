@@ -25,10 +25,8 @@ PackedPoints<T> pack_points(const Rows<T>& rows, const Pool& pool);
 
 // Is that faster than comparing every pair?
 template <class T>
-bool worth_products(const Request<T>& request, bool packed);
-// Is it worth packing them for searches to come?
-template <class T>
-bool worth_packing(int64_t n, int dims);
+bool worth_products(const Request<T>& request);
+bool worth_packing(int64_t n, int dims, int k);
 
 // Answers the finite queries of the request but those it returns, ascending: for them nearly every point may matter.
 template <class T>

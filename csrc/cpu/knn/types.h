@@ -101,6 +101,8 @@ struct ProductKernels {
                   Candidates<T>* const* candidates, int count);
   // The distances of one query to some points, as they are defined.
   void (*measure)(const T* query, const T* points, int dims, const uint32_t* ids, int count, T* dists);
+  // A number that k of x[0] .. x[count - 1], and few more, are not above.
+  T (*enough)(const T* x, int count, int k);
 };
 
 struct ProductTable {

@@ -12,21 +12,22 @@ namespace {
 
 using namespace dfn::DFN_ISA;
 
-// Is a <= b in any lane?
+// The lanes with a <= b, as bits.
 template <class T>
-bool any_at_most(Vec<T> a, Vec<T> b) {
+unsigned at_most(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ) != 0;
-  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ) != 0;
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
 #elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)(a <= b)) != 0;
-  else return _mm256_movemask_pd((__m256d)(a <= b)) != 0;
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)(a <= b));
+  else return _mm256_movemask_pd((__m256d)(a <= b));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return _mm_movemask_ps((__m128)(a <= b));
+  else return _mm_movemask_pd((__m128d)(a <= b));
 #else
-  const auto lanes = a <= b;
-  int64_t words[kBytes / 8], any = 0;
-  std::memcpy(words, &lanes, kBytes);
-  for (int64_t word : words) any |= word;
-  return any != 0;
+  unsigned lanes = 0;
+  for (int l = 0; l < kLanes<T>; ++l) lanes |= unsigned(a[l] <= b[l]) << l;
+  return lanes;
 #endif
 }
 
@@ -67,16 +68,21 @@ void compare(int dims, const T* queries, const T* points, const T* lower, const 
     for (int v = 0; v < C; v += L) {
       const T* product = tile + r * C + v;
       const Vec<T> bounds = load(lower + v) - T(2) * load(product);
-      if (!any_at_most<T>(bounds, splat<T>(of.reach))) continue;
+      unsigned close = at_most<T>(bounds, splat<T>(of.reach));
+      if (close == 0) continue;
       T bound[L];
       store(bounds, bound);
-      for (int l = 0; l < L; ++l) {
+      while (close) {
+        const int l = __builtin_ctz(close);
+        close &= close - 1;
         const int64_t id = int64_t(first) + v + l;
-        if (!(bound[l] <= of.reach) || id >= of.end || id == of.hidden) continue;
+        if (id >= of.end || id == of.hidden) continue;
         of.lower[of.count] = bound[l];
         of.upper[of.count] = upper[v + l] - T(2) * product[l];
         of.ids[of.count] = static_cast<uint32_t>(id);
-        if (++of.count == of.room) of.full(of);
+        if (++of.count < of.room) continue;
+        of.full(of);
+        close &= at_most<T>(bounds, splat<T>(of.reach));
       }
     }
   }
@@ -115,8 +121,46 @@ void measure(const T* query, const T* points, int dims, const uint32_t* ids, int
   }
 }
 
+// Halves the range of the bits, which order numbers as their values do.
 template <class T>
-constexpr ProductKernels<T> functions = {kRows, kCols<T>, pack<T, kRows>, pack<T, kCols<T>>, compare<T>, measure<T>};
+T enough(const T* x, int count, int k) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr Bits kMagnitude = static_cast<Bits>(~(uint64_t(1) << (8 * sizeof(T) - 1)));
+  auto flipped = [](Bits b) { return b < 0 ? b ^ kMagnitude : b; };
+  auto bits = [&](T value) {
+    Bits b;
+    std::memcpy(&b, &value, sizeof b);
+    return flipped(b);
+  };
+  auto value = [&](Bits b) {
+    b = flipped(b);
+    T of;
+    std::memcpy(&of, &b, sizeof b);
+    return of;
+  };
+  T least = x[0], most = x[0];
+  for (int i = 0; i < count; ++i) {
+    least = x[i] < least ? x[i] : least;
+    most = x[i] > most ? x[i] : most;
+  }
+  for (Bits lo = bits(least), hi = bits(most); lo < hi;) {
+    const Bits middle = (lo & hi) + ((lo ^ hi) >> 1);  // rounded down, without overflow
+    const T at = value(middle);
+    Bits below = 0;
+    for (int i = 0; i < count; ++i) below += x[i] <= at;
+    if (below < k) {
+      lo = middle + 1;
+    } else {
+      hi = middle, most = at;
+      if (below <= k + k / 4) break;
+    }
+  }
+  return most;
+}
+
+template <class T>
+constexpr ProductKernels<T> functions = {kRows,      kCols<T>,   pack<T, kRows>, pack<T, kCols<T>>,
+                                         compare<T>, measure<T>, enough<T>};
 
 }  // namespace
 
