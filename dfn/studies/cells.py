@@ -46,7 +46,7 @@ class Study:
         asked = {"study": name, "options": options, "data": data or {}}
         self.found = load(folder) if self.path.exists() else {**asked, "environments": [], "cells": {}}
         for part, value in asked.items():
-            if self.found[part] != json.loads(json.dumps(value)):
+            if switched_on(self.found[part]) != switched_on(json.loads(json.dumps(value))):
                 raise UsageError(f"{folder} holds a study with other {part}; another --out begins a new one")
         here = environment()
         if here not in self.found["environments"]:
@@ -121,6 +121,11 @@ class Study:
         self.say(text)
 
 
+def switched_on(part: object) -> object:
+    """Options without those that are off: a study of before an option came was made with it off."""
+    return {name: value for name, value in part.items() if value} if isinstance(part, dict) else part
+
+
 def in_words(key: str, names: str) -> str:
     """A key as one says it; as it is, where its parts have no names.
 
@@ -145,11 +150,16 @@ def environment() -> dict:
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     ).stdout.strip() if shutil.which("git") else ""  # fmt: skip
-    return dict(
+    found = dict(
         machine=runs.machine(), threads=torch.get_num_threads(), system=platform.system(),
         python=platform.python_version(), torch=torch.__version__, dfn=getattr(dfn_kernels, "__version__", ""),
         commit=commit, date=datetime.date.today().isoformat(),
     )  # fmt: skip
+    if torch.cuda.is_available():  # the kernels are compiled by the Triton that came with PyTorch
+        found |= dict(
+            cuda=torch.version.cuda or torch.version.hip, triton=getattr(sys.modules.get("triton"), "__version__", "")
+        )
+    return found
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Language: bits per byte of a Dynamic Flow Network beside Transformers, at equal parameters and equal bytes.
 
 Every model has its own best learning rate of a small grid, chosen on the first seed; the others repeat it with that.
+``--corpus`` takes a part of the training bytes only, which is then seen again and again; ``--dropout`` is against that.
 """
 
 import argparse
 import sys
 
+from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
 from .sources import SplitText, beside, bits_by_place, split_by_content
@@ -23,9 +25,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", choices=SIZES, default="0.3M", help="parameters (default: 0.3M)")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2], help="learning rates to try")
     parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
+    parser.add_argument("--corpus", type=positive, help="train on the first so many bytes only (default: all)")
     parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
     add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
-              weight_decay=0.01, seed=0)  # fmt: skip
+              weight_decay=0.01, dropout=0.0, seed=0)  # fmt: skip
 
 
 def dfn_config(arguments: argparse.Namespace) -> dict:
@@ -34,7 +37,10 @@ def dfn_config(arguments: argparse.Namespace) -> dict:
 
 def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
+    if arguments.dropout and "flownetwork" in arguments.models:
+        raise UsageError("flownetwork has no dropout: name other --models")
     split = split_by_content(arguments.data)
+    split = split._replace(train=split.train[: arguments.corpus])
     judged = split.held_out[: arguments.judged]
     study = Study("language", arguments.out, asked(arguments, "data", "models", "rates"), split.facts(judged),
                   names=NAMES, evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
@@ -43,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
     def compute(kind: str, rate: float, seed: int) -> dict:
         options = options_of(arguments, lr=rate, seed=seed)
-        build = lambda: contender(kind, config, options.length)  # noqa: E731
+        build = lambda: contender(kind, config, options.length, dropout=arguments.dropout)  # noqa: E731
         judge = lambda model: float(bits_by_place(model, judged, options.length).mean())  # noqa: E731
         task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
         cell = lambda folder: study.trained(task, options, folder)[1]  # noqa: E731
@@ -60,26 +66,30 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def table(found: dict) -> str:
     """Markdown: a row per model, best first, then what was tried, what stands beside and where it ran."""
-    o, rows = found["options"], []
+    o, d, rows = found["options"], found["data"], []
+    seen = o["steps"] * o["batch"] * o["length"]
+    again = seen > d["train_bytes"]  # then the end need not be the best
     ends = {kind: best for (kind,), best in best_cells(found, most=False).items()}
     mean = {kind: sum(c["value"] for c in cells) / len(cells) for kind, (_, cells) in ends.items()}
     for kind in sorted(ends, key=mean.get):
         rate, cells = ends[kind]
         against = f"{100 * (mean[kind] / mean['dfn'] - 1):+.1f} %" if "dfn" in mean and kind != "dfn" else ""
+        lowest = [spread([min(p["value"] for p in c["curve"]) for c in cells], 4)] if again else []
         rows.append([kind, f"{cells[0]['parameters']:,}", rate, str(len(cells)), spread([c["value"] for c in cells], 4),
-                     against, spread([c["seconds"] for c in cells], 0)])  # fmt: skip
+                     against, *lowest, spread([c["seconds"] for c in cells], 0)])  # fmt: skip
     tried = "; ".join(
         f"{key} {c['failed'] if 'failed' in c else format(c['value'], '.4f')}" for key, c in found["cells"].items()
     )
-    d = found["data"]
     others = ", ".join(f"{name} {value:.3f}" for name, value in sorted(found["beside"].items(), key=lambda x: x[1]))
-    seen = o["steps"] * o["batch"] * o["length"]
-    head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn", "seconds"]
+    head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn",
+            *(["best on the way"] if again else []), "seconds"]  # fmt: skip
+    said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
+    said += f"; dropout {o['dropout']:g}" if o.get("dropout") else ""
     return "\n\n".join([
         f"# Language, {o['parameters']} parameters",
         f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "
-        f"({seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes); mean ± standard deviation of "
-        "the seeds. The learning rate is the best of those tried on the first seed. Less is better.",
+        f"({said}); mean ± standard deviation of the seeds. The learning rate is the best of those tried on the first "
+        "seed. Less is better.",
         markdown(head, rows),
         f"On the same bytes: {others}.",
         f"Data: {d['name']}, {d['train_bytes'] / 1e6:.1f} MB of {d['files']:,} files; judged on {d['judged_bytes']:,} "

@@ -20,23 +20,26 @@ class Transformer(nn.Module):
     """The plain one: pre-norm, GELU, learned positions, biases.
 
     Its MLP is ``hidden`` wide; with 2 d, the default, a layer has 8 d^2 weights like a `DFNBlock`. N is at most
-    ``max_length``.
+    ``max_length``. ``dropout``: of what is embedded and of what each half of a block adds, as in a `DFNBlock`.
     """
 
     def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, max_length: int = 256,
-                 hidden: int | None = None):  # fmt: skip
+                 hidden: int | None = None, dropout: float = 0.0):  # fmt: skip
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.embed, self.place = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
         nn.init.normal_(self.place.weight, std=0.02)
         options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, heads, hidden or 2 * dim, **options) for _ in range(layers)
         )
+        for block in self.blocks:
+            block.dropout1.p = block.dropout2.p = dropout  # of what is added, not of attention's weights
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
 
     def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
         N = ids.shape[1]
-        states = self.embed(ids) + self.place(torch.arange(N, device=ids.device))
+        states = self.dropout(self.embed(ids) + self.place(torch.arange(N, device=ids.device)))
         mask = nn.Transformer.generate_square_subsequent_mask(N, ids.device, states.dtype)
         for block in self.blocks:
             states = block(states, mask, is_causal=True)
@@ -96,12 +99,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TransformerPlus(nn.Module):
     """Transformer++: RoPE, RMSNorm, SwiGLU, no biases; output maps of a block start smaller by the root of 2 layers.
 
-    ``window``: attention sees so many places, see `RotaryAttention`. Any length.
+    ``window``: attention sees so many places, see `RotaryAttention`. ``dropout``: as in `Transformer`. Any length.
     """
 
     def __init__(self, vocab_size: int = 256, dim: int = 96, layers: int = 4, heads: int = 4, hidden: int | None = None,
-                 window: int | None = None):  # fmt: skip
+                 window: int | None = None, dropout: float = 0.0):  # fmt: skip
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         hidden = hidden or round(8 * dim / 3)
         self.embed = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
@@ -118,10 +122,10 @@ class TransformerPlus(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
-        x = self.embed(ids)
+        x = self.dropout(self.embed(ids))
         for before, attention, between, mlp in self.blocks:
-            x = x + attention(before(x))
-            x = x + mlp(between(x))
+            x = x + self.dropout(attention(before(x)))
+            x = x + self.dropout(mlp(between(x)))
         return self.head(self.norm(x)), None
 
 
@@ -146,15 +150,19 @@ def even(x: float, multiple: int) -> int:
 
 
 def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, heads: int = 4, dim: int | None = None,
-          layers: int | None = None) -> nn.Module:  # fmt: skip
+          layers: int | None = None, dropout: float = 0.0) -> nn.Module:  # fmt: skip
     """A model of ``kind`` with ``parameters`` (within 2 %), of usual proportions, for sequences of ``length``.
 
     "transformer++" and "window" (of length / 4): 2 layers to 0.2M parameters, 4 to 4M, 6 beyond, d from 12 layers d^2
     in whole eights per head, and the width of the MLP takes up the rest. "transformer": the same with 8 d^2 a layer.
     "flownetwork": the mixer variant, whose rank takes up the rest. ``dim`` and ``layers`` may be given instead.
+
+    Raises ValueError for another kind, and for a dropout with "flownetwork", which has none.
     """
     if kind not in RIVALS:
         raise ValueError(f"rival: kind must be one of {', '.join(RIVALS)}, got {kind!r}")
+    if dropout and kind == "flownetwork":
+        raise ValueError(f"rival: dropout must be 0 for flownetwork, which has none, got {dropout}")
     layers = layers or (2 if parameters < 200_000 else 4 if parameters < 4_000_000 else 6)
     per_layer = {"transformer": 8, "flownetwork": 10}.get(kind, 12)
     if dim is None:  # layers * per_layer * d^2 + tables * V * d = parameters
@@ -162,9 +170,9 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
         a = layers * per_layer
         dim = even((math.sqrt(tables**2 + 4 * a * parameters) - tables) / (2 * a), 8 * heads)
     build = {
-        "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden),
-        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4)),
-        "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden),
+        "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, None, dropout),
+        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4), dropout),
+        "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden, dropout),
         "flownetwork": lambda rank: FlowNetworkLogits(vocab_size, dim, layers, length, rank),
     }[kind]
     return fitted(build, parameters)
@@ -186,11 +194,11 @@ class FlowNetworkLogits(nn.Module):
         return self.network(ids)[0], None
 
 
-def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False) -> nn.Module:
+def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False, dropout: float = 0.0) -> nn.Module:
     """ "dfn" with the arguments ``dfn``, or a rival with as many parameters; ``same_shape``: as many layers, same d."""
     if kind == "dfn":
-        return DFNLanguageModel(**dfn)
+        return DFNLanguageModel(**dfn, **({"block_options": {"dropout": dropout}} if dropout else {}))
     with torch.device("meta"):
         parameters = count_parameters(DFNLanguageModel(**dfn))
     shape = {name: dfn[name] for name in ("dim", "layers")} if same_shape else {}
-    return rival(kind, parameters, length, dfn.get("vocab_size", 256), **shape)
+    return rival(kind, parameters, length, dfn.get("vocab_size", 256), dropout=dropout, **shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 ROWS = 128  # of a tile: so many tokens share a list of patterns (kTileRows in csrc/cuda/pattern_route.h)
 STRIP = 512  # columns whose products with x are summed at once (kStrip, there)
 SCRATCH_BYTES = 32 << 20
+FEW_CHANNELS = 16  # the product of so few leaves most of a GPU idle, so cuBLAS splits its sum
 
 
 # ---- the rule -------------------------------------------------------------------------------------------------------
@@ -131,17 +132,24 @@ def gradient_of_patterns(grad: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """dP[p] = (w_p * grad)^T x, as many patterns at once as the scaled rows have room for.
 
     The sum runs over tokens, so w cannot wait for it: w * grad or w * x, the narrower one, is rounded to x's dtype.
+    Nor may the parts of a split sum be rounded, as cuBLAS does: with few channels the product is float32's.
     """
     (T, O), I, P = grad.shape, x.shape[1], weights.shape[1]
     out = x.new_empty(P, O, I)
     group = max(1, SCRATCH_BYTES // max(1, T * min(O, I) * x.element_size()))
     for p in range(0, P, group):
         mine, some = out[p : p + group], weights[:, p : p + group]
-        if O <= I:  # one product for all
-            torch.mm(torch.ops.dfn_cuda.scale_rows(grad, some).flatten(1).t(), x, out=mine.flatten(0, 1))
+        scaled = torch.ops.dfn_cuda.scale_rows(grad if O <= I else x, some)
+        if O <= I:
+            left, right = scaled.permute(1, 2, 0), x.expand(len(mine), T, I)
         else:
-            scaled = torch.ops.dfn_cuda.scale_rows(x, some).transpose(0, 1)
-            torch.bmm(grad.t().expand(len(mine), O, T), scaled, out=mine)
+            left, right = grad.t().expand(len(mine), O, T), scaled.transpose(0, 1)
+        if min(O, I) < FEW_CHANNELS and x.dtype != weights.dtype:
+            mine.copy_(_product(left, right, weights.dtype))
+        elif O <= I:  # one product for all
+            torch.mm(scaled.flatten(1).t(), x, out=mine.flatten(0, 1))
+        else:
+            torch.bmm(left, right, out=mine)
     return out
 
 

@@ -177,6 +177,11 @@ def backward_warps(tile: dict[str, int]) -> int:
     return 8 if tile["BC"] == 512 else 4
 
 
+def backward_registers(tile: dict[str, int]) -> dict[str, int]:
+    """Narrow rows are unrolled: ptxas wants more registers for them, or spills."""
+    return NO_SPILLS and {"maxnreg": 224} if tile["BC"] <= 128 else NO_SPILLS
+
+
 def chunk_of(N: int, block: int) -> int:
     """Entities per program in the backward pass: one tile, more where a sequence had over 4,096 of them."""
     return min(max(triton.next_power_of_2(triton.cdiv(N, 4096)), block), BLOCK)
@@ -230,7 +235,7 @@ def flow_norm_backward(
         grad, states, scale, lengths,
         grad_states, along, sums,
         N, d, grad.stride(0), grad.stride(1), states.stride(0), states.stride(1), chunk,
-        **options, **tile, num_warps=backward_warps(tile), **NO_SPILLS,
+        **options, **tile, num_warps=backward_warps(tile), **backward_registers(tile),
     )  # fmt: skip
     energy_kernel[(B * triton.cdiv(N, BLOCK),)](
         scale, along, sums, lengths,

@@ -80,6 +80,25 @@ def test_language(text, tmp_path, capsys):
     assert "holds a study with other options" in capsys.readouterr().err
 
 
+def test_few_bytes_seen_again(text, tmp_path, capsys):
+    few = ["--corpus", 100, "--models", "dfn", "transformer++"]
+    assert study(*of_language(text, tmp_path / "a"), *few) == 0
+    found = is_whole(tmp_path / "a")
+    assert found["data"]["train_bytes"] == 100
+    table = (tmp_path / "a" / "study.md").read_text()
+    assert "1.28 times the training bytes" in table and "best on the way" in table and "dropout" not in table
+    del found["options"]["dropout"]  # as it was written before there was one
+    (tmp_path / "a" / "study.json").write_text(json.dumps(found))
+    assert study(*of_language(text, tmp_path / "a"), *few) == 0
+    assert study(*of_language(text, tmp_path / "a"), *few, "--dropout", 0.1) == 2
+    assert "holds a study with other options" in capsys.readouterr().err
+    assert study(*of_language(text, tmp_path / "b"), *few, "--dropout", 0.1) == 0
+    assert "times the training bytes; dropout 0.1" in (tmp_path / "b" / "study.md").read_text()
+    assert load(tmp_path / "b")["cells"]["dfn/0.01/0"]["value"] != found["cells"]["dfn/0.01/0"]["value"]
+    assert study(*of_language(text, tmp_path / "c"), "--dropout", 0.1) == 2
+    assert "flownetwork has no dropout" in capsys.readouterr().err
+
+
 def test_goes_on_within_a_cell(text, tmp_path, monkeypatch, capsys):
     """Stopped in the middle of a cell and gone on with, it ends with the same figures; what was there is reported."""
     monkeypatch.setattr(cells, "EVERY", 1)

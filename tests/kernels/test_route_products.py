@@ -221,6 +221,22 @@ def test_pieces(operators, monkeypatch, O, I):  # noqa: E741
         assert (ours - exact).norm() < 1e-6 * exact.norm()
 
 
+@emulated
+@with_operators
+@pytest.mark.parametrize("O, I", [(1, 37), (37, 1), (7, 7), (15, 64)])
+def test_few_channels_sum_in_float32(operators, O, I):  # noqa: E741
+    """A sum over many tokens that a GPU splits is rounded once, where it is handed over."""
+    T, P = 1031, 5
+    x, grad, weights = torch.randn(T, I).bfloat16(), torch.randn(T, O).bfloat16(), torch.randn(T, P)
+    with Calls() as calls:
+        dp = launcher.gradient_of_patterns(grad, x, weights)
+    wide, narrow = (x, grad) if O <= I else (grad, x)
+    scaled = (weights[:, :, None] * narrow[:, None].float()).bfloat16().double()
+    exact = torch.einsum("tpo,ti->poi" if O <= I else "tpi,to->poi", scaled, wide.double())
+    assert dp.dtype == torch.bfloat16 and "aten::copy_" in calls.names
+    assert ((dp.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-4).all()
+
+
 # ---- launches -------------------------------------------------------------------------------------------------------
 def calls_of(run) -> list[str]:
     with Calls() as calls:

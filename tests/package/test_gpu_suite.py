@@ -13,7 +13,7 @@ import torch
 from helpers import INTERPRETED
 
 import dfn_kernels
-from bench import gpu_build, gpu_parts, gpu_profile, gpu_suite
+from bench import gpu_build, gpu_parts, gpu_profile, gpu_suite, gpu_training
 from bench.cases import CASES
 from bench.gpu_suite import NO_GPU, Outcome, Part, Report, run_all, run_part
 
@@ -225,11 +225,11 @@ def test_models():
 
 
 def test_train():
-    assert "DFNLanguageModel 48: " in gpu_parts.train("cpu", lengths=(48,), small=True)
+    assert "DFNLanguageModel 48: " in gpu_training.train("cpu", lengths=(48,), small=True)
 
 
 def test_whole_steps():
-    assert "transformer++ tiny: " in gpu_parts.whole_steps("cpu", {"tiny": (32, 1, 2, 2, 37)})
+    assert "transformer++ tiny: " in gpu_training.whole_steps("cpu", {"tiny": (32, 1, 2, 2, 37)})
 
 
 def test_benchmark(tmp_path, monkeypatch):
