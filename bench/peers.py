@@ -32,8 +32,8 @@ def composed_knn(positions, k):
 
 
 def product_knn(positions, k):
-    """|p|^2 - 2 q.p by a matrix product, and top-k: as fast as PyTorch can, and neighbours that are nearly as far as the
-    right ones may stand in their place."""
+    """|p|^2 - 2 q.p by a matrix product, and top-k: the fastest that PyTorch has. Neighbours that are nearly as far as
+    the right ones may stand in their place."""
     found = []
     for points in positions:
         norms = points.square().sum(-1)
@@ -43,7 +43,7 @@ def product_knn(positions, k):
 
 
 def measured_product_knn(positions, k):
-    """The same for the nearest 2k, of which the k nearest are found by differences; right but where products are far off."""
+    """The nearest 2k so, and of these the k nearest by differences: right, unless products are far off."""
     among = product_knn(positions, min(2 * k, positions.shape[1])).sort().values
     found = []
     for points, ids in zip(positions, among, strict=True):
