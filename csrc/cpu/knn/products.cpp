@@ -219,7 +219,7 @@ PackedPoints<T> pack_points(const Rows<T>& rows, const Pool& pool) {
 // Measured (docs/search.md, Many dimensions): what a query costs besides its products grows with k, and is won back by
 // so many comparisons. The last term keeps `error_of` below 1/2 in float32.
 bool worth_packing(int64_t n, int dims, int k) {
-  return n * (dims - 16) >= 6000 + 1300 * int64_t(k) && k <= n / 2 && dims < 1 << 22;
+  return n * (dims - 16) >= 10000 + 2000 * int64_t(k) && k <= n / 2 && dims < 1 << 22;
 }
 
 template <class T>
