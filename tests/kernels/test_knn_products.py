@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import point_sets
@@ -169,6 +170,9 @@ def test_threads_and_float_modes():
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
+    with ThreadPoolExecutor(4) as callers:
+        for got in callers.map(lambda _: knn(x, 9), range(8)):
+            assert same_bits(got.indices, want.indices) and same_bits(got.sq_dists, want.sq_dists)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
