@@ -29,17 +29,19 @@ def amount(n: int) -> str:
 
 
 def readable(case: str) -> str:
-    """The words of a key; a key that is none of `WORDS` stays as it is.
+    """The words of a key; one that is none of `WORDS` stays as it is, and so does the letter N where no size is given.
 
     >>> readable("gaussian_gather-B1-H1-N262144-D3-c256-k16")
     'gather, 262k points, 16 neighbours, 256 channels'
+    >>> readable("knn-B1-D3-k16")
+    'search, N points in space, 16 nearest'
     """
     kind, *parts = case.split("-")
     variant = [part for part in parts if not re.fullmatch(r"[A-Za-z]\d+", part)]
     sizes = {part[0]: int(part[1:]) for part in parts if part not in variant}
     D = sizes.get("D")
     space = SPACE.get(D, f"of {D} dimensions")
-    said = {letter: amount(n) for letter, n in sizes.items()} | {"space": space}
+    said = {"N": "N"} | {letter: amount(n) for letter, n in sizes.items()} | {"space": space}
     if sizes.get("B", 1) > 1:  # so many rows, each of
         said |= {letter: f"{sizes['B']} x {said[letter]}" for letter in "Nn" if letter in said}
     try:

@@ -85,7 +85,8 @@ def table(rows: list[dict], facts: dict) -> str:
             for who in (SIZE, SHAPE):
                 low, middle, high = found[who]
                 size, speed = f"{row['rivals'][who] / 1e6:.1f}M", f"{found['tokens/s'][who]:,.0f}"
-                cells.append(f"{middle:.2f}x ({low:.2f}-{high:.2f}) of {speed}, {size}")
+                spread = f"{low:.2f}-{high:.2f}" if low < high else "one round"
+                cells.append(f"{middle:.2f}x ({spread}) of {speed}, {size}")
             lines.append("| " + " | ".join(cells) + " |")
     made_by = ", ".join(f"{name} {value}" for name, value in facts.items())
     what = (
@@ -95,11 +96,18 @@ def table(rows: list[dict], facts: dict) -> str:
     return "\n".join(lines) + f"\n\n{what}. {made_by}.\n"
 
 
+def write(path: Path) -> str:
+    """The table of a result, which is written beside it."""
+    result = json.loads(path.read_text())
+    text = table(result["rows"], result["machine"])
+    path.with_suffix(".md").write_text("# FlowNetwork's presets beside two Transformers\n\n" + text)
+    return text
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["page"]:
-        result = json.loads(Path(argv[1]).read_text())
-        put_between(PAGE, MARKS, table(result["rows"], result["machine"]))
+        put_between(PAGE, MARKS, write(Path(argv[1])))
         return
     parser = argparse.ArgumentParser(prog="python -m bench.presets", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PRESETS, nargs="+", default=["edge", "compact", "base"],
@@ -114,9 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{facts['date']}-presets-{facts['threads']}threads.json"
     path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    text = table(rows, facts)
-    path.with_suffix(".md").write_text("# FlowNetwork's presets beside two Transformers\n\n" + text)
-    print(text)
+    print(write(path))
 
 
 if __name__ == "__main__":

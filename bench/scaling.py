@@ -23,11 +23,10 @@ from dfn.style import OTHERS, OURS, THICK, THIN, label_ends, picture
 
 from .cases import CASES, Case
 from .measure import contenders, training_step
+from .names import amount, readable
 from .plots import MINE
 from .report import machine
 from .timing import time_ms, time_rounds
-
-LETTERS = {"B": "batch", "H": "heads", "D": "dimensions", "d": "dim", "c": "channels", "k": "neighbours"}
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -88,7 +87,7 @@ def grow(
 def plot(rows: list[dict], path: Path) -> None:
     panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
     colors = dict(zip(dict.fromkeys(row["who"] for row in rows if row["who"] not in MINE), cycle(OTHERS), strict=False))
-    title, note = "Time by the number of entities N", "Beside each name: time grows as N to this power"
+    title, note = "Time by N, the number of points or entities", "Beside each name: time grows as N to this power"
     with picture(path, 9, 4.3 * len(panels) + 0.8, title, note) as figure:
         for axis, (case, mode) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             lines = []
@@ -99,15 +98,14 @@ def plot(rows: list[dict], path: Path) -> None:
                 (line,) = axis.loglog(n, ms, "o-", lw=THICK if ours else THIN, ms=7 if ours else 4,
                                       color=OURS if ours else colors[row["who"]])  # fmt: skip
                 lines.append((line, f"ours ({row['who']}){power}" if ours else row["who"] + power))
-            axis.set(title=f"{in_words(case)}, {mode}", xlabel="entities N", ylabel="milliseconds")
+            key = case.replace(" ", "-").replace("=", "")
+            axis.set(title=f"{readable(key)}, {mode}", xlabel="N", ylabel="milliseconds")
+            axis.set_xticks(sorted({n for line, _ in lines for n in line.get_xdata()})[::2], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.xaxis.set_major_formatter(lambda n, _: amount(round(n)))
+            axis.yaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
             axis.grid()
             label_ends(axis, lines, gap=10)
-
-
-def in_words(case: str) -> str:
-    """What "knn B=1 D=3 k=16" means."""
-    op, *sizes = case.split()
-    return op + "".join(f", {LETTERS.get(letter, letter)} {size}" for letter, size in (s.split("=") for s in sizes))
 
 
 def main() -> None:
@@ -118,7 +116,10 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=4.0, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--draw", type=Path, metavar="RESULT.json", help="draw its picture again and measure nothing")
     given = parser.parse_args()
+    if given.draw:
+        return plot(json.loads(given.draw.read_text())["rows"], given.draw.with_suffix(".png"))
     seen: dict[tuple, Case] = {}
     for case in CASES:
         if "N" in case.sizes and given.only in case.name:

@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import torch
 
+import dfn_kernels
+
 from . import runs
 from .pictures.runs import draw, write_picture
 from .runs import KINDS, Options, Run, UsageError, using
@@ -36,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names and figures are said whole on any terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if not argv:
+        parser.print_help(sys.stderr)
     try:
         arguments = parser.parse_args(with_config(parser, argv))
         check_installed("safetensors", "tqdm", "matplotlib")
@@ -71,7 +75,10 @@ def in_one_line(error: object) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="dfn", description="Train and use Dynamic Flow Networks.")
+    parser = Parser(
+        prog="dfn", description="Train and use Dynamic Flow Networks.", epilog="dfn COMMAND --help says more of each."
+    )
+    parser.add_argument("--version", action="version", version=f"dfn_kernels {dfn_kernels.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
@@ -91,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--init", type=Path, metavar="DIR", help="begin with the weights, and sizes, of the run in this folder"
     )
-    one.add_argument("--checkpoint-every", type=positive, default=100, metavar="STEPS", help="steps between two")
+    one.add_argument(
+        "--checkpoint-every", type=positive, default=100, metavar="STEPS", help="steps from one to the next"
+    )
     one.add_argument("--quiet", action="store_true", help="no progress bars")
     add_options(one)
 
@@ -104,14 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=seed, default=0, help="of what is drawn")
 
     one = add("embed", embed, "tell how alike files are, by a contrastive or joint run")
-    add_files(one)
+    add_files(one, "a picture, sound or text, of the kind that the run has learned from")
     one.add_argument("--out", type=Path, metavar="FILE", help="write the vectors there, as CSV: name, then numbers")
 
     one = add("classify", classify, "say which digit a picture shows, by a run of digits")
-    add_files(one)
+    add_files(one, "a picture, PNG or what else Pillow reads")
 
     one = add("reconstruct", reconstruct, "rebuild a file of which a share is hidden, by a masked run")
-    add_files(one, one=True)
+    add_files(one, "a picture, sound or text, of the kind that the run has learned from", one=True)
     one.add_argument(
         "--out", type=Path, metavar="FILE", help="default: rebuilt.png, or rebuilt.txt, in the folder of the run"
     )
@@ -121,9 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("what", choices=JUDGED, metavar="WHAT", help=what)
     one.add_argument("--run", type=Path, metavar="DIR", help="folder of a run (default: one is trained for this)")
     one.add_argument("--json", action="store_true", help="print the figures as JSON")
-    add_options(one)
+    add_options(one, "without --run: data, model and training of the run that is judged")
 
-    one = commands.add_parser("study", help="questions with an answer: language, recall, length, parts")
+    said = "questions with an answer: language, recall, length, parts"
+    one = commands.add_parser(
+        "study", help=said, description=f"{said.capitalize()}. Hours on a CPU; they can be resumed."
+    )
     one.set_defaults(command=study)
     add_studies(one)
 
@@ -136,9 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_files(parser: argparse.ArgumentParser, one: bool = False) -> None:
+def add_files(parser: argparse.ArgumentParser, what: str, one: bool = False) -> None:
     parser.add_argument("run", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("files", type=Path, metavar="FILE", nargs=1 if one else "+", help="a picture, sound or text")
+    parser.add_argument("files", type=Path, metavar="FILE", nargs=1 if one else "+", help=what)
     parser.add_argument("--seed", type=seed, default=0, help="of what is sampled")
 
 
@@ -159,7 +171,7 @@ def train(arguments: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             report(run, run.judge(not arguments.quiet, warn))
             print("next:")
-            for words in next_commands(run.options.kind, folder):
+            for words in next_commands(run, folder):
                 print("  " + shlex.join([*program(), *words]))
 
 
@@ -171,9 +183,17 @@ def report(run: Run, figures: dict[str, float]) -> None:
     print(f"in {run.folder}: {run.weights.name} (the model), figures.json (these figures)")
 
 
-def next_commands(kind: str, folder: Path) -> list[list[str]]:
-    first = ["generate", str(folder)] if kind == "text" else ["eval", kind, "--run", str(folder)]
+def next_commands(run: Run, folder: Path) -> list[list[str]]:
+    kind = run.options.kind
+    first = ["generate", str(folder), *a_prompt(run)] if kind == "text" else ["eval", kind, "--run", str(folder)]
     return [first, ["plot", str(folder)]]
+
+
+def a_prompt(run: Run) -> list[str]:
+    """A word of the held-out text to begin with: after a line break alone a model may say nothing but blanks."""
+    held_out = bytes(run.task.corpus.held_out[:4096].tolist()).decode("utf-8", "ignore")
+    word = re.search(r"(?<=\s)[^\W\d_]{3,12}(?!\w)", held_out)
+    return ["--prompt", word[0]] if word else []
 
 
 def program() -> list[str]:

@@ -51,6 +51,11 @@ def main(
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        there = arguments.out / "report.md"
+        kept = f"; {there} has what there is" if there.exists() else ""
+        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
+        return 1
     finally:
         torch.set_num_threads(threads)
     return 0
@@ -75,7 +80,7 @@ def run(
         f"{MODEL['heads']} heads, {MODEL['k']} neighbours; {ran_on}"
     )
 
-    trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, **TRAINING)
+    trainer = Trainer(model, seconds=60 * minutes, autocast=autocast, counted="bytes", **TRAINING)
     stream = batches(corpus.train, BATCH, length, torch.Generator().manual_seed(seed))
     starts = torch.linspace(0, max(0, len(corpus.held_out) - 2048), GLANCES).long().unique()
     glance = torch.cat([corpus.held_out[i : i + 2048] for i in starts.tolist()])

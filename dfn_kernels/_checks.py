@@ -10,7 +10,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _is_dense(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        inside = f", whose .{name} is one" if isinstance(getattr(value, name, None), Tensor) else ""
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}{inside}")
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
 
@@ -31,7 +32,8 @@ def has_shape(op: str, name: str, value: Tensor, shape: tuple, letters: str) -> 
     """`letters` names the sizes for the message, for instance "[B, N, D]"."""
     if tuple(value.shape) != tuple(shape):
         expected = "[" + ", ".join(str(size) for size in shape) + "]"
-        raise ValueError(f"{op}: {name} must have shape {letters} = {expected}, got {list(value.shape)}")
+        said = letters if letters.endswith(expected) else f"{letters} = {expected}"
+        raise ValueError(f"{op}: {name} must have shape {said}, got {list(value.shape)}")
 
 
 def same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:

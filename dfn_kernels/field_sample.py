@@ -26,8 +26,8 @@ def _check(density, n, method, generator) -> None:
         raise TypeError(f"{OP}: generator must be a torch.Generator, got {type(generator).__name__}")
     # Looking at the values would make a GPU wait, and cannot be traced.
     if density.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (density.isfinite() & (density >= 0)).all():
-            raise ValueError(f"{OP}: density must be finite and not negative")
+        if not (fine := density.isfinite() & (density >= 0)).all():
+            raise ValueError(f"{OP}: density must be finite and not negative, got {density[~fine][0].item():g}")
 
 
 def field_sample(

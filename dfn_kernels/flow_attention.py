@@ -44,9 +44,8 @@ def _check(
     if flow_weight.ndim not in (2, 3):
         raise ValueError(f"{OP}: flow_weight must have shape [D, d] or [H, D, d], got {list(flow_weight.shape)}")
     *lead, N, d = states.shape
-    *heads, D, _ = flow_weight.shape
+    heads, D = flow_weight.shape[:-2], positions.shape[-1] if positions.ndim else 0
     before, head = "[B, " if lead else "[", "H, " if heads else ""
-    has_shape(OP, "flow_weight", flow_weight, (*heads, D, d), f"[{head}D, d]")
 
     def per_entity(name: str, x: Tensor, n: int, letter: str, after: tuple, last: str) -> None:
         """[B, H, n, ..], or [B, n, ..] for all heads."""
@@ -65,6 +64,7 @@ def _check(
             is_number(OP, name, x)
 
     per_entity("positions", positions, N, "N", (D,), ", D")
+    has_shape(OP, "flow_weight", flow_weight, (*heads, D, d), f"[{head}D, d]")
     c = values.shape[-1] if values.ndim else 0
     has_shape(OP, "values", values, (*lead, *heads, N, c), f"{before}{head}N, c]")
     if query_weight is not None:

@@ -43,13 +43,13 @@ def _check(states, positions, weight, bias, alpha) -> None:
     if weight.ndim not in (2, 3):
         raise ValueError(f"{OP}: weight must have shape [D, d] or [H, D, d], got {list(weight.shape)}")
     *lead, N, d = states.shape
-    *heads, D, _ = weight.shape
+    heads, D = weight.shape[:-2], positions.shape[-1] if positions.ndim else 0
     letters = "[H, D" if heads else "[D"
-    has_shape(OP, "weight", weight, (*heads, D, d), letters + ", d]")
     if not heads or positions.ndim != states.ndim:
         has_shape(OP, "positions", positions, (*lead, *heads, N, D), "[.., H, N, D]" if heads else "[.., N, D]")
     else:  # one position for all heads
         has_shape(OP, "positions", positions, (*lead, N, D), "[.., N, D]")
+    has_shape(OP, "weight", weight, (*heads, D, d), letters + ", d]")
     if bias is not None:
         is_float_tensor(OP, "bias", bias)
         has_shape(OP, "bias", bias, (*heads, D), letters + "]")

@@ -32,12 +32,12 @@ def _check(positions, values, indices, sigma, influence, query_positions) -> Non
     is_index_tensor(OP, "indices", indices)
     if values.ndim not in (2, 3, 4):
         raise ValueError(f"{OP}: values must have shape [N, c], [B, N, c] or [B, H, N, c], got {list(values.shape)}")
-    *lead, N, _ = values.shape
+    lead = values.shape[:-2]
     letters = {0: "[", 1: "[B, ", 2: "[B, H, "}[len(lead)]
     if positions.ndim != values.ndim:
         raise ValueError(f"{OP}: positions must have shape {letters}N, D] like values, got {list(positions.shape)}")
-    D = positions.shape[-1]
-    has_shape(OP, "positions", positions, (*lead, N, D), letters + "N, D]")
+    *lead, N, D = positions.shape
+    has_shape(OP, "values", values, (*lead, N, values.shape[-1]), letters + "N, c]")
     if indices.ndim != values.ndim:
         raise ValueError(f"{OP}: indices must have shape {letters}M, k] like values, got {list(indices.shape)}")
     M, k = indices.shape[-2:]

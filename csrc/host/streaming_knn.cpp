@@ -42,13 +42,13 @@ class StreamingKNN {
     std::visit([&](auto& trees) { trees_ = std::make_unique<std::decay_t<decltype(*trees)>>(*trees); }, other.trees_);
   }
 
-  py::tuple append(const py::array& points, int64_t k) {
+  py::tuple append(const py::object& points, int64_t k) {
     return std::visit([&](auto& trees) { return append_as(*trees, points, k); }, trees_);
   }
-  void extend(const py::array& points) {
+  void extend(const py::object& points) {
     std::visit([&](auto& trees) { extend_as(*trees, points); }, trees_);
   }
-  py::tuple query(const py::array& points, int64_t k) const {
+  py::tuple query(const py::object& points, int64_t k) const {
     return std::visit([&](auto& trees) { return query_as(*trees, points, k); }, trees_);
   }
 
@@ -67,10 +67,13 @@ class StreamingKNN {
 
  private:
   template <class T>
-  py::array_t<T, py::array::c_style> checked(const py::array& points, const char* call, int dims, bool also_2d) const {
+  py::array_t<T, py::array::c_style> checked(const py::object& given, const char* call, int dims, bool also_2d) const {
+    const std::string who = std::string("StreamingKNN.") + call + ": points must ";
+    if (!py::isinstance<py::array>(given))
+      throw py::type_error(who + "be a NumPy array, got " + std::string(py::str(py::type::of(given).attr("__name__"))));
+    const auto points = py::reinterpret_borrow<py::array>(given);
     const bool shaped = (points.ndim() == dims || (also_2d && points.ndim() == 2)) && points.shape(0) == streams_ &&
                         points.shape(points.ndim() - 1) == dim_;
-    const std::string who = std::string("StreamingKNN.") + call + ": points must ";
     if (!shaped)
       throw py::value_error(who + "have shape [S, " + (dims == 3 ? also_2d ? "(m,) " : "n, " : "") + "D] with S = " +
                             std::to_string(streams_) + ", D = " + std::to_string(dim_) + ", got " + shape_of(points));
@@ -88,7 +91,7 @@ class StreamingKNN {
   }
 
   template <class T>
-  py::tuple append_as(Streams<T>& trees, const py::array& given, int64_t k) {
+  py::tuple append_as(Streams<T>& trees, const py::object& given, int64_t k) {
     const int n = checked_k(k, "append");
     const auto points = checked<T>(given, "append", 2, false);
     py::array_t<int64_t> ids({streams_, k});
@@ -104,7 +107,7 @@ class StreamingKNN {
   }
 
   template <class T>
-  void extend_as(Streams<T>& trees, const py::array& given) {
+  void extend_as(Streams<T>& trees, const py::object& given) {
     const auto points = checked<T>(given, "extend", 3, false);
     const int64_t n = points.shape(1);
     const T* p = points.data();
@@ -113,7 +116,7 @@ class StreamingKNN {
   }
 
   template <class T>
-  py::tuple query_as(const Streams<T>& trees, const py::array& given, int64_t k) const {
+  py::tuple query_as(const Streams<T>& trees, const py::object& given, int64_t k) const {
     const int n = checked_k(k, "query");
     const auto points = checked<T>(given, "query", 3, true);
     const int64_t m = points.ndim() == 3 ? points.shape(1) : 1;

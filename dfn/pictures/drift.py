@@ -11,9 +11,9 @@ from dfn_kernels import knn
 
 from ..models.language import DFNLanguageModel
 from ..models.layers import DynamicFlowAttention
-from ..style import BLUE, GREEN, ORANGE, PALE, PURPLE, SMALL, SOFT, VERMILLION, bare, picture, shade
+from ..style import BLUE, GREEN, INK, ORANGE, PALE, SMALL, SOFT, VERMILLION, bare, picture, shade
 
-COLORS = {"vowel": shade(BLUE), "consonant": shade(GREEN), "digit": shade(PURPLE), "space": SOFT,
+COLORS = {"vowel": shade(BLUE), "consonant": shade(GREEN), "digit": INK, "space": SOFT,
           "other": shade(VERMILLION)}  # fmt: skip
 
 
@@ -101,9 +101,12 @@ def drift(model: DFNLanguageModel, text: Tensor, path: Path, length: int = 64) -
                 )
                 if not place:
                     ax.set_ylabel("the largest spread beside it" if timed else "of the second largest", size=SMALL)
-        marks = [Line2D([], [], ls="", marker="o", color=color, label=kind) for kind, color in COLORS.items()]
+        kinds = {_kind(chr(byte)) for byte in ids.tolist()}
+        marks = [Line2D([], [], ls="", marker="o", color=COLORS[kind], label=kind) for kind in COLORS if kind in kinds]
         marks += [
-            Line2D([], [], ls="", marker="o", ms=11, mfc="none", mec=ORANGE, mew=2, label="one of them"),
+            Line2D(
+                [], [], ls="", marker="o", ms=11, mfc="none", mec=ORANGE, mew=2, label="the one whose reading is shown"
+            ),
             Line2D([], [], color=ORANGE, lw=3, label="whom it reads, thicker is more"),
             Line2D([], [], ls="", marker="+", ms=10, mew=2, color=ORANGE, label="where it looks, if elsewhere"),
             Line2D([], [], color=PALE, lw=1.5, label="the way since the panel before"),

@@ -27,10 +27,14 @@ def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
     paths = [folder / "loss_curve.png"]
     lines = {}
     if run.options.kind == "text":
-        lines = text_baselines(run.task.corpus.train, judged(run.task.corpus.held_out), progress=True)
+        lines = judged_at(run.history.steps[-1], folder) or text_baselines(
+            run.task.corpus.train, judged(run.task.corpus.held_out), progress=True
+        )
         paths.append(folder / "drift.png")
         drift(run.model, run.task.corpus.held_out[:4096], paths[-1])
-    loss_curve(run.history, {n: lines[n] for n in ("bigram", "gzip") if n in lines}, paths[0], unit=run.task.unit)
+    loss_curve(
+        run.history, {n: lines[n] for n in ("model", "bigram", "gzip") if n in lines}, paths[0], unit=run.task.unit
+    )
     if run.options.kind == "masked" and run.options.field != "text":
         paths.append(folder / "reconstruction.png")
         reconstruction(run, paths[-1])
@@ -38,6 +42,13 @@ def draw(folder: Path, say: Callable[[str], object] = print) -> list[Path]:
         paths.append(folder / "digits.png")
         digits(run, paths[-1])
     return paths
+
+
+def judged_at(step: int, folder: Path) -> dict[str, float]:
+    """The figures that the folder keeps of this step; none if it was judged at another one, or not at all."""
+    path = folder / "figures.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return kept["figures"] if kept.get("step") == step else {}
 
 
 @torch.no_grad()

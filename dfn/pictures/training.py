@@ -12,7 +12,8 @@ BESIDE = {"bigram": "byte bigram", "gzip": "gzip -9"}
 def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit: str = "bits") -> None:
     """Training loss and held-out loss over time, with lines for ``figures["gzip"]`` and "bigram" if they are there.
 
-    ``figures["model"]`` is the end, marked with a star. ``unit`` "bits": the history's nats are shown as bits per byte.
+    ``figures["model"]`` is what the model was judged to be at the end, marked with a star. ``unit`` "bits": the
+    history's nats are shown as bits per byte.
     """
     of_bytes = unit == "bits"
     data, scale = ("bytes", 1 / math.log(2)) if of_bytes else ("data", 1.0)
@@ -34,7 +35,7 @@ def loss_curve(history: History, figures: dict[str, float], path: Path, *, unit:
         if "model" in figures:
             (star,) = ax.plot(seconds[-1], figures["model"], "*", ms=17, color=OURS, mec="white", clip_on=False,
                               zorder=5)  # fmt: skip
-            labels.append((star, f"all held-out {data}: {figures['model']:.3f}"))
+            labels.append((star, f"judged at the end: {figures['model']:.3f}"))
         for name, said in BESIDE.items():
             if name in figures:
                 line = ax.axhline(figures[name], color=INK, lw=1.2, ls=(0, (5, 4)))

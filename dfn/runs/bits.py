@@ -1,5 +1,7 @@
 """What a language model is judged by: bits per byte on held-out text, beside compressors that know nothing."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -74,10 +76,14 @@ def table_of_bits(figures: dict[str, float]) -> list[str]:
 
 
 def continue_prompt(model: DFNLanguageModel, corpus: Corpus, seed: int, length: int = 320) -> tuple[str, str]:
-    """A stretch of held-out text from the start of a function or line, and ``length`` bytes that the model adds."""
+    """A stretch of held-out text from the start of a function or line, and ``length`` bytes that the model adds.
+
+    It ends with a word: after a line break a model that has learned little may go on with nothing but blanks.
+    """
     held_out = bytes(corpus.held_out.tolist())
     start = max(held_out.find(b"\n    def ", len(held_out) // 3), held_out.rfind(b"\n", 0, len(held_out) // 3)) + 1
-    end = held_out.rfind(b"\n", start, start + 240) + 1 or min(len(held_out), start + 240)
+    near = held_out[start : start + 240]
+    end = start + max((word.end() for word in re.finditer(rb"\w+", near)), default=len(near))
     ids = corpus.held_out[start:end].long()[None]
     new = model.generate(ids, length, temperature=0.6, generator=torch.Generator().manual_seed(seed))
     text = bytes(new[0].tolist())

@@ -2,24 +2,47 @@
 
 import argparse
 import dataclasses
+import difflib
 from pathlib import Path
 
 from .options import KINDS, OWN, Options, UsageError
 
 
 class Formatter(argparse.HelpFormatter):
-    """Says the default of every option whose help does not."""
+    """Says the default of every option whose help does not, and many choices there instead of in every mention."""
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):
+        if not _many(action):
+            return super()._metavar_formatter(action, default_metavar)
+        return lambda size: (default_metavar,) * size
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        said = action.help or ""
+        said = f"of {', '.join(action.choices)}; {action.help or ''}" if _many(action) else action.help or ""
         if not action.option_strings or action.default is argparse.SUPPRESS or "default" in said:
             return said
         return f"{said} (default: {default_in_words(action.default)})".strip()
 
 
+def _many(action: argparse.Action) -> bool:
+    return bool(action.option_strings and action.choices) and len(action.choices) > 6 and action.metavar is None
+
+
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, for the command that it is wrong for."""
+
     def __init__(self, **options):
         super().__init__(**{"formatter_class": Formatter, **options})
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            like = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {like[0]}?" if like else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help says what there is)\n")
 
 
 def default_in_words(value: object) -> str:
@@ -32,9 +55,9 @@ def default_in_words(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, title: str = "data, model and training") -> None:
     """One flag for each of `Options`; what is not given stays out of the result."""
-    group = parser.add_argument_group("options that decide how a run ends")
+    group = parser.add_argument_group(title)
     for f in dataclasses.fields(Options)[1:]:
         flag, of = f"--{f.name.replace('_', '-')}", f.type if isinstance(f.type, type) else str
         choices = [c for c in f.metadata["choices"] if c] or None

@@ -240,7 +240,7 @@ def _trainer(task: Task, model: nn.Module, options: Options, say: Say) -> Traine
     return Trainer(
         model, loss=task.loss, steps=options.steps, lr=options.lr, warmup=options.warmup, clip=options.clip,
         weight_decay=options.weight_decay, geometry_rate=options.geometry_rate, accumulate=options.accumulate,
-        unit=task.unit, partial=task.partial,
+        unit=task.unit, counted=task.counted, partial=task.partial,
         autocast=torch.bfloat16 if options.dtype == "bfloat16" else None,
         cuda_graph="auto" if task.graphable else False, say=say,
     )  # fmt: skip

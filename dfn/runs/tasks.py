@@ -34,6 +34,7 @@ class Task:
     defaults: dict = {}
     own: tuple[str, ...] | None = None  # options it has a use for, of those that not every kind has (`options.OWN`)
     unit = "nats"  # of the loss, as shown; "bits" shows nats as bits
+    counted = "entities"  # what a batch is made of
     partial = True  # the loss may leave out parameters of the model (see `Trainer`)
     graphable = True  # the loss keeps nothing of its own between steps, so that a CUDA graph can hold the step
 
@@ -113,7 +114,7 @@ class Text(Task):
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
     own = ("data", "length", "memory_size", "pack", "without", "block", "dropout")
-    unit, partial = "bits", False
+    unit, counted, partial = "bits", "bytes", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
     words = {
         "model": ("this model", "bits per byte (less is better)"),
@@ -122,7 +123,7 @@ class Text(Task):
         "xz": ("xz -9, the same", "bits per byte"),
         "bigram": ("byte bigram of the training bytes", "bits per byte"),
         "bytes judged": ("judged on", "held-out bytes"),
-        "bytes held out": ("of", "held-out bytes"),
+        "bytes held out": ("held out in all", "bytes"),
     }
 
     @property

@@ -52,17 +52,16 @@ def _interval() -> float:
     return 0.25 if sys.stderr.isatty() else 10.0  # a log file wants few lines
 
 
-UNITS = {"bits": "bits per token", "error": "squared error"}  # of a `Trainer`, in words
-
-
 class TrainingBar:
-    """A bar over the steps or seconds of a `Trainer`: the loss, smoothed, tokens per second, the most memory so far."""
+    """A bar over the steps or seconds of a `Trainer`: the loss, smoothed, its speed, the most memory so far."""
 
     def __init__(self, trainer: Any):
         from tqdm import tqdm
 
         self.trainer, self.loss, self.weight, self.held_out = trainer, 0.0, 0.0, None
         self.scale = 1 / math.log(2) if trainer.unit == "bits" else 1.0
+        in_words = {"bits": f"bits per {trainer.counted.removesuffix('s')}", "error": "squared error"}
+        self.unit = in_words.get(trainer.unit, trainer.unit)
         form = "{desc} {percentage:3.0f}%|{bar:24}|{postfix}"
         self.bar = tqdm(total=1000, desc="training", mininterval=_interval(), dynamic_ncols=True, bar_format=form)
 
@@ -72,9 +71,9 @@ class TrainingBar:
         parts = [
             f"{t.elapsed:.0f} of {t.seconds:.0f} s" if t.seconds else f"{t.elapsed:.0f} s",
             f"step {t.step:,}" + (f" of {t.steps:,}" if t.steps else ""),
-            f"loss {self.loss / self.weight * self.scale:.3f} {UNITS.get(t.unit, t.unit)}",
+            f"loss {self.loss / self.weight * self.scale:.3f} {self.unit}",
             *([f"held out {self.held_out:.3f}"] if self.held_out is not None else []),
-            f"{rate:,.0f} tokens/s",
+            f"{rate:,.0f} {t.counted}/s",
             *([f"at most {most:,.0f} MiB"] if (most := peak_memory(t.device)) else []),
         ]
         self.bar.set_postfix_str(", ".join(parts), refresh=False)

@@ -35,8 +35,8 @@ class Corpus:
     held_out_ptr: Tensor
 
     def summary(self) -> str:
-        said = f"{self.name}: {_files(self.train_files)}, {len(self.train) / 1e6:.1f} MB to train on; "
-        size = f"{len(self.held_out) / 1e6:.2f} MB"
+        said = f"{self.name}: {_files(self.train_files)}, {_size(self.train)} to train on; "
+        size = _size(self.held_out)
         if self.train_files == self.held_out_files:
             said += f"the last tenth of each, {size}, held out"
         else:
@@ -47,6 +47,11 @@ class Corpus:
             name, why = next(iter(self.left_out.items()))
             said += f"; {len(self.left_out)} left out ({name} {why})"
         return said
+
+
+def _size(data: Tensor) -> str:
+    n = len(data)
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB" if n >= 1e4 else f"{n:,} bytes"
 
 
 def _files(names: list[str]) -> str:

@@ -104,6 +104,7 @@ class Trainer:
         autocast: run the forward pass under autocast to this dtype (bfloat16).
         partial: the loss may leave parameters without a gradient; several processes then look for them in every step.
         unit: of the loss: "bits" if it is nats that the bar is to show as bits, else the name it goes by.
+        counted: what a batch is made of, as the bar calls it: "tokens", "bytes", "entities".
         cuda_graph: whether the whole step, optimizer included, is captured in one CUDA graph after three steps, so that
             the host does not hold the GPU up. "auto": on a GPU, where it can be; a line says why it cannot. True: that
             line is an error. A loss with a memory of its own between steps must say False.
@@ -123,13 +124,14 @@ class Trainer:
         steps: int | None = None, seconds: float | None = None, lr: float = 2e-3, warmup: int = 50, final: float = 0.02,
         weight_decay: float = 0.01, geometry_rate: float = 1.0, betas: tuple[float, float] = (0.9, 0.99),
         clip: float = 1.0, accumulate: int = 1, autocast: torch.dtype | None = None, unit: str = "bits",
-        partial: bool = True, cuda_graph: bool | Literal["auto"] = "auto", say: Callable[[str], object] = print,
+        counted: str = "tokens", partial: bool = True, cuda_graph: bool | Literal["auto"] = "auto",
+        say: Callable[[str], object] = print,
     ):  # fmt: skip
         if steps is None and seconds is None:
             raise ValueError("Trainer: steps or seconds must be given")
         if accumulate < 1:
             raise ValueError(f"Trainer: accumulate must be at least 1, got {accumulate}")
-        self.model, self.loss, self.unit = model, loss, unit
+        self.model, self.loss, self.unit, self.counted = model, loss, unit, counted
         self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip
         self.step, self.elapsed, self.history = 0, 0.0, History()

@@ -52,7 +52,7 @@ def test_a_run_from_training_to_pictures(text, tmp_path, capsys):
     said = capsys.readouterr()
     for word in ("DFNLanguageModel", "float32", "model", "gzip", "bigram"):
         assert word in said.out
-    for word in ("step 6 of 6", "bits", "tokens/s", "MiB"):  # the bar
+    for word in ("step 6 of 6", "bits per byte", "bytes/s", "MiB"):  # the bar
         assert word in said.err
     assert [p.name for p in checkpoints.found(out)] == ["step-00000004.safetensors", "step-00000006.safetensors"]
 

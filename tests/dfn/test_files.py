@@ -76,6 +76,14 @@ def test_what_is_no_text_has_a_sentence_of_its_own(tmp_path):
         load_corpus(tmp_path)
     (tmp_path / "c.txt").write_bytes(b"text " * 500)
     assert "; 2 left out (a.txt is UTF-16" in load_corpus(tmp_path).summary()
+
+
+@pytest.mark.parametrize("n, train, held_out", [(1234, "1,111 bytes", "123 bytes"), (50_000, "45 kB", "5,000 bytes"),
+                                                (2_000_000, "1.8 MB", "200 kB")])  # fmt: skip
+def test_sizes_are_said_in_a_unit_that_fits(n, train, held_out, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * n)
+    said = load_corpus(tmp_path).summary()
+    assert f"1 file, {train} to train on; the last tenth of each, {held_out}, held out" in said
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="no files in .*empty"):

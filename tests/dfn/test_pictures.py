@@ -1,6 +1,7 @@
 """Every picture of a run, a study or a field, drawn from small or made-up data, is legible (tests/legible.py)."""
 
 import statistics
+from dataclasses import replace
 
 import made_up
 import pytest
@@ -117,6 +118,21 @@ def test_pictures_of_runs(tmp_path, legible, kind, draw):
     options = Options.of(kind, steps=2, batch=4, dim=16, layers=1, k=4, threads=1)
     run = train(options, tmp_path / "run", evaluations=0, progress=False)
     getattr(pictures_of_runs, draw)(run, tmp_path / "run.png")
+
+
+def test_a_plot_shows_what_the_run_was_judged_to_be(text, tmp_path, monkeypatch):
+    """The figure at the end of the curve is the one that the end of the run printed, not that of its last sample."""
+    pytest.importorskip("safetensors")
+    drawn = []
+    monkeypatch.setattr(pictures_of_runs, "loss_curve", lambda history, figures, *_, **__: drawn.append(figures))
+    monkeypatch.setattr(pictures_of_runs, "drift", lambda *_: None)
+    options = Options.of("text", data=text, steps=2, batch=2, length=16, dim=16, layers=1, k=4, threads=1)
+    figures = train(options, tmp_path, evaluations=1, progress=False, say=lambda said: None).judge()
+    pictures_of_runs.draw(tmp_path)
+    train(replace(options, steps=3), tmp_path, resume=True, given={"steps": 3}, progress=False, say=lambda said: None)
+    pictures_of_runs.draw(tmp_path)  # was not judged after these steps
+    assert drawn[0] == {name: figures[name] for name in ("model", "gzip", "bigram")}
+    assert drawn[1] == {name: figures[name] for name in ("gzip", "bigram")}
 
 
 def test_settings_of_the_caller_stay(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_every_option_of_every_command_says_its_default():
     assert {p.prog.split()[-1] for p in found} >= {"train", "generate", "eval", "ablate", "plot", "recall", "parts"}
     for parser in found:
         for block in re.split(r"\n  (?=-)", parser.format_help().split("\noptions:")[1])[1:]:
-            if not block.startswith("-h"):
+            if not block.startswith(("-h", "--version")):
                 assert "default" in " ".join(block.split()), f"{parser.prog}: {block}"
 
 
@@ -123,6 +123,27 @@ def test_a_bar_says_that_it_judges(capsys):
     said = capsys.readouterr().err
     assert seen == ["judging"] and "training 100%" in said
     assert re.search(r"loss [\d.]+ squared error", said) and "tokens/s" in said and "MiB" in said
+
+
+@pytest.mark.parametrize("kind, words, unit", [("text", ["--length", "16"], "byte"), ("digits", [], "entitie")])
+def test_a_bar_counts_what_the_kind_is_made_of(kind, words, unit, text, tmp_path, capsys):
+    if kind == "digits":
+        pytest.importorskip("sklearn")
+    data = ["--data", text] if kind == "text" else []
+    assert cli.main(["train", kind, "--out", str(tmp_path), "--steps", "1", *data, *words, *TINY]) == 0
+    said = capsys.readouterr().err
+    assert f" {unit}s/s" in said and "token" not in said
+    assert re.search(r"loss [\d.]+ bits per byte" if kind == "text" else r"loss [\d.]+ nats", said)
+
+
+def test_a_run_ends_with_a_prompt_from_its_text(tmp_path, capsys):
+    for name, written in (("german", "  überall\n  Straßen und Wege\n" * 60), ("numbers", "1 2 3 4 5 6 7 8 9\n" * 200)):
+        (tmp_path / f"{name}.txt").write_text(written, encoding="utf-8")
+        words = ["--data", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / name), "--length", "16"]
+        assert cli.main(["train", "text", "--steps", "1", "--quiet", *words, *TINY]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if " generate " in line)
+        *_, flag, prompt = shlex.split(line)
+        assert (flag == "--prompt" and prompt in written.split()) if name == "german" else "--prompt" not in line
 
 
 def test_a_study_says_what_its_lines_are(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The trainer, and the demo from end to end on a tiny budget."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from dfn import demo
 from dfn.models.language import DFNLanguageModel
+from dfn.runs import bits
 from dfn.training.text import batches
 from dfn.training.trainer import NonFiniteLoss, Trainer, parameter_groups
 
@@ -214,6 +216,34 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for word in ("gzip -9", "byte bigram", "this model", "held out"):
         assert word in written and word in printed
     assert "bits per byte above gzip" in written or "bits per byte below gzip" in written
+
+
+def test_a_demo_that_is_stopped_says_what_there_is(tmp_path, capsys, monkeypatch):
+    for begun, said in (
+        (False, "demo: stopped\n"),
+        (True, f"demo: stopped; {tmp_path / 'report.md'} has what there is\n"),
+    ):
+
+        def stop(text, out, *_, begun=begun):
+            if begun:
+                (out / "report.md").touch()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "run", stop)
+        assert demo.main(["--out", str(tmp_path)], prog="demo") == 1
+        assert capsys.readouterr().err.strip("\n") + "\n" == said
+
+
+def test_the_prompt_of_the_demo_ends_with_a_word():
+    class Model:
+        def generate(self, ids, n, **_):
+            return torch.cat([ids, torch.full((1, n), ord("x"))], 1)
+
+    code, german = b"\n    def square(self):\n        return self.val ** 2\n\n\n", "Straßen und Wege.\n\n".encode()
+    for text in (90 * code, 99 * german, 999 * b"\n", 50 * b"- "):
+        corpus = SimpleNamespace(held_out=torch.tensor(list(text)))
+        prompt, new = bits.continue_prompt(Model(), corpus, 0, 20)
+        assert new == 20 * "x" and prompt and prompt[-1].isalnum() == any(map(str.isalnum, prompt))
 
 
 def test_demo_bad_usage(tmp_path, capsys):

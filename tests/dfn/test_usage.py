@@ -75,7 +75,12 @@ def failed(capsys, code, *arguments):
         (["eval", "memory", "--run", "x"], "--run has no meaning for memory"),
         (["study", "recall", "--pairs", 65], "pairs must be at most 64"),
         (["train", "text", "--init", "/does/not/exist"], "--init: /does/not/exist holds no checkpoint"),
-        (["ablate", "--field", "image"], "unrecognized arguments: --field image"),
+        (["ablate", "--field", "image"], "dfn ablate: unrecognized arguments: --field image"),
+        (["train", "text", "--setps", 3], "dfn train: unrecognized arguments: --setps 3; did you mean --steps?"),
+        (
+            ["study", "recall", "--pears=3"],
+            "dfn study recall: unrecognized arguments: --pears=3; did you mean --pairs?",
+        ),
     ],
 )
 def test_bad_usage_is_2(arguments, message, capsys, tmp_path):
@@ -97,6 +102,14 @@ def test_bad_usage_is_2(arguments, message, capsys, tmp_path):
 )
 def test_bad_usage_of_generate_is_2(arguments, message, trained, capsys):
     assert message in failed(capsys, 2, "generate", trained / "run", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["train", "text", "--lr", "abc"], ["generate"], ["study"], ["tain"]])
+def test_bad_usage_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.match(r"dfn( train| generate| study)?: ", said) and "--help" in said
 
 
 def test_failures_are_one_line_without_internal_names(trained, tmp_path, capsys, monkeypatch):
@@ -197,7 +210,7 @@ def command(*arguments, **environment):
 
 def test_threads_that_wait_sleep_and_it_is_said(trained, tmp_path):
     data = trained / "text.txt"
-    if torch.get_num_threads() == 1 and (os.cpu_count() or 1) == 1:
+    if len(os.sched_getaffinity(0)) == 1 or os.environ.get("OMP_NUM_THREADS") == "1":
         pytest.skip("there is one core")
     tiny = [x for x in TINY if x not in ("--threads",)][:-3] + ["--steps", "1"]
     process = command("-m", "dfn", "train", "text", "--data", str(data), "--out", str(tmp_path), "--quiet", *tiny)

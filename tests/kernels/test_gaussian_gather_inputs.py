@@ -144,7 +144,7 @@ def _change(**changes):
 BAD = {
     "positions: not a tensor": (_change(positions=[[0.0]]), TypeError, "positions must be a tensor, got list"),
     "positions: integers": (_change(positions=torch.zeros(2, 3, 17, 2, dtype=torch.int64)), TypeError, "positions must be float"),
-    "positions: shape": (_change(positions=torch.zeros(2, 3, 16, 2)), ValueError, r"positions must have shape \[B, H, N, D\]"),
+    "positions: shape": (_change(positions=torch.zeros(2, 3, 16, 2)), ValueError, r"values must have shape \[B, H, N, c\]"),
     "positions: dims": (_change(positions=torch.zeros(2, 17, 2)), ValueError, "positions must have shape"),
     "values: dims": (_change(values=torch.zeros(5)), ValueError, r"values must have shape .* got \[5\]"),
     "values: dtype": (_change(values=torch.zeros(2, 3, 17, 37, dtype=torch.complex64)), TypeError, "values must be float"),

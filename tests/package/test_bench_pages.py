@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import INTERPRETED
 
-from bench import report
+from bench import presets, report
 from bench.__main__ import main
 from bench.cases import CASES, chosen, quick_cases
 from bench.measure import Row
@@ -52,6 +52,17 @@ def test_pages_are_those_of_their_json(path, tmp_path, capsys):
 def test_the_table_in_the_docs_is_that_of_a_result():
     page = report.PAGE.read_text()
     assert any(report.page_table(path) in page for path in RESULTS)
+
+
+def test_the_presets_in_the_docs_are_those_of_the_last_result():
+    path = max((ROOT / "bench" / "results").glob("*-presets-*.json"))
+    result = json.loads(path.read_text())
+    said = presets.table(result["rows"], result["machine"])
+    assert said in presets.PAGE.read_text() and said in path.with_suffix(".md").read_text()
+    for row in result["rows"]:  # a quartile of one time is none
+        work = row["forward"]
+        work[presets.SIZE] = [1.5] * 3
+    assert "1.50x (one round) of" in presets.table(result["rows"], result["machine"])
 
 
 def test_a_case_is_found_by_its_key_and_by_its_words():
