@@ -166,13 +166,12 @@ def environment() -> dict:
 def add_flags(parser: argparse.ArgumentParser, name: str, **defaults: object) -> None:
     """Flags that studies share, ``--out``, ``--seeds``, ``--quiet``, and one for each of `Options` in ``defaults``."""
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder; a study in it goes on")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: 3)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of everything")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     for option, default in {**defaults, "threads": 0, "dtype": "float32"}.items():
         meta = Options.__dataclass_fields__[option].metadata
         of = str if default is None else type(default)
-        shown = "" if default in (None, 0) else f" (default: {default})"
-        parser.add_argument(f"--{option.replace('_', '-')}", type=of, default=default, help=meta["help"] + shown,
+        parser.add_argument(f"--{option.replace('_', '-')}", type=of, default=default, help=meta["help"],
                             choices=[c for c in meta["choices"] if c] or None)  # fmt: skip
 
 

@@ -12,6 +12,6 @@ def add_studies(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(required=True, metavar="STUDY")
     for name, module in STUDIES.items():
         said = module.__doc__.split("\n\n")[0].replace("\n", " ")
-        one = names.add_parser(name, help=said, description=said)
+        one = names.add_parser(name, help=said.partition(": ")[2], description=said)
         module.add(one)
         one.set_defaults(study=module.run)

@@ -70,7 +70,7 @@ NO_MEMORY = "recall", "memory"  # one segment: there is no memory to leave out
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES), help="default: all")
+    parser.add_argument("--lines", nargs="+", choices=("all", *LINES), default=["all"], help="lines of the table")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
     add_flags(parser, "study-parts", data=None, steps=2000, batch=16, length=128, dim=96, layers=3, heads=4, pos_dim=3,
@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> dict:
         raise UsageError("parts leaves the memory out itself: give a --memory-size above 0")
     split = split_by_content(arguments.data)
     judged = split.held_out[: arguments.judged]
+    asked_for = list(LINES) if "all" in arguments.lines else arguments.lines
     study = Study("parts", arguments.out, asked(arguments, "data", "lines", "tasks"), split.facts(judged),
                   names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     study.found["lines"] = {line: said for line, (said, _) in LINES.items()}
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> dict:
     with study.reported(table):
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             for task in arguments.tasks:
-                for line in arguments.lines:
+                for line in asked_for:
                     if (task, line) != NO_MEMORY:
                         one = lambda folder, a=(task, line, seed): compute[a[0]](LINES[a[1]][1], a[2], folder)  # noqa: E731
                         study.cell(f"{task}/{line}/{seed}", one)
