@@ -262,6 +262,24 @@ def _knn_case(N, D, k, causal=False, **options):
     )
 
 
+def _embeddings_case(N, D, k):
+    return Case(
+        "knn",
+        dict(B=1, N=N, D=D, k=k),
+        make_points,
+        our_knn,
+        {
+            "matmul + topk": peers.product_knn,
+            "matmul + topk, measured": peers.measured_product_knn,
+            "cdist + topk": peers.composed_knn,
+            "faiss, flat": peers.faiss_knn,
+        },
+        small=dict(B=2, N=301, D=D, k=min(k, 7)),
+        exact=True,
+        other_work=("matmul + topk",),  # not exact
+    )
+
+
 def _route_case(T, P, I, O, **options):
     published = {"published einsums": peers.published_route} if T <= 1024 else {}  # gigabytes beyond
     return Case(
@@ -288,6 +306,7 @@ CASES = [
     _knn_case(32_768, 2, 16),
     _knn_case(1_000_000, 2, 16, goals={"forward float32": 0.8}),
     _knn_case(1_000_000, 3, 16, goals={"forward float32": 1.5}),
+    _embeddings_case(5000, 768, 16),
     _gather_case(1, 1, 32_768, 3, 64, 16),
     _gather_case(1, 1, 32_768, 3, 256, 16),
     _gather_case(1, 1, 262_144, 3, 64, 16),

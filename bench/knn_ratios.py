@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +113,25 @@ def streaming(k: int = 16) -> None:
         print(f"StreamingKNN D={D}: the cost at 1M is {large / small:.2f} x that at 10k", flush=True)
 
 
+def embeddings(turns: int = 3, k: int = 16) -> None:
+    """On one thread, against products in PyTorch, in turns: as they come, and with the nearest 2k measured."""
+    from bench import peers
+
+    torch.set_num_threads(1)
+    for D, N in ((32, 3000), (128, 5000), (384, 5000), (768, 5000), (128, 20_000), (384, 20_000)):
+        p = torch.randn(1, N, D)
+        calls = [partial(op, p, k) for op in (dk.knn, peers.product_knn, peers.measured_product_knn)]
+        taken = np.array([[best(call, 1)[1] for call in calls] for _ in range(turns)])
+        ratios = np.median(taken / taken[:, :1], axis=0)
+        print(f"D={D} N={N}: {taken[:, 0].min() * 1e3:.1f} ms CPU; matmul + topk {ratios[1]:.2f} x, "
+              f"measured {ratios[2]:.2f} x", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=1_000_000)
-    parser.add_argument("--only", nargs="*", default=["scipy", "hostile", "growth", "memory", "streaming"])
+    everything = ["scipy", "hostile", "growth", "memory", "streaming", "embeddings"]
+    parser.add_argument("--only", nargs="*", default=everything)
     parser.add_argument("--dims", type=int, nargs="*", default=[2, 3])
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -131,6 +147,8 @@ def main() -> None:
         memory(given.n)
     if "streaming" in given.only:
         streaming()
+    if "embeddings" in given.only:
+        embeddings()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def readable(case: str) -> str:
     kind, *parts = case.split("-")
     variant = [part for part in parts if not re.fullmatch(r"[A-Za-z]\d+", part)]
     sizes = {part[0]: int(part[1:]) for part in parts if part not in variant}
-    said = {"N": "N"} | {letter: amount(n) for letter, n in sizes.items()} | {"space": SPACE.get(sizes.get("D"))}
+    D = sizes.get("D")
+    space = SPACE.get(D, f"of {D} dimensions")
+    said = {"N": "N"} | {letter: amount(n) for letter, n in sizes.items()} | {"space": space}
     if sizes.get("B", 1) > 1:  # so many rows, each of
         said |= {letter: f"{sizes['B']} x {said[letter]}" for letter in "Nn" if letter in said}
     try:

@@ -57,7 +57,7 @@ void knn() {
   const auto search = [](const Tensor& points, int64_t k, bool causal, bool include_self, int64_t index, Maybe ptr = {}) {
     return op<Knn>("knn")(points, {}, {}, {}, k, causal, include_self, index, ptr, {}, {}, false);
   };
-  for (int64_t D : {1, 2, 3, 9}) {
+  for (int64_t D : {1, 2, 3, 9, 40}) {
     Tensor points = random({2, 2500, D}, 1);
     for (int64_t i = 0; i < points.numel(); i += 3) points.data<float>()[i] = (i % 7) * 0.1f;  // ties and repeats
     for (int causal : {0, 1})

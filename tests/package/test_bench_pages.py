@@ -29,6 +29,7 @@ def test_every_case_has_words_of_its_own():
         assert said != key and not CRYPTIC.search(said) and CRYPTIC.search(key), said
     assert readable("gaussian_gather-plan-B1-H1-N262144-D3-c256-k16").startswith("gather, 262k points, ")
     assert readable("knn-B1-N1000000-D2-k16") == "search, 1M points in the plane, 16 nearest"
+    assert readable("knn-B1-N5000-D768-k16") == "search, 5,000 points of 768 dimensions, 16 nearest"
     assert readable("flow_norm-B4-N8192-d256") == "causal norm, 4 x 8,192 entities, 256 channels"
     for other in ("case", "knn-B1", "something-B1-N7"):
         assert readable(other) == other  # what is not known is not guessed

@@ -92,6 +92,8 @@ void fill_missing(const Request<T>& r, bool all, const Pool& pool) {
   });
 }
 
+bool worth_a_grid(int64_t n, int dims) { return n > kExhaustive && dims <= kMostGridDims; }
+
 template <class T>
 Search<T> basic(const Request<T>& r) {
   Search<T> s{};
@@ -119,13 +121,21 @@ Rows<T> query_rows(const Request<T>& r) {
 // How many points of one position can matter: a query's own copy may be hidden from it.
 int copies(int k, Mask mask) { return k + (mask == Mask::not_self); }
 
-// All queries against the first n points.
+// All queries against the first n points; or only some of them, where `some` lists them.
 template <class T>
-void search_scan(const Request<T>& r, int64_t n, const Pool& pool) {
+void search_scan(const Request<T>& r, int64_t n, const Pool& pool, const std::vector<uint32_t>& some = {}) {
   Search<T> s = basic(r);
   BuiltGrid<T> points, queries;
   put_in_order(Rows<T>{r.points, n, r.dims}, points);
-  if (r.queries || r.m != n) put_in_order(query_rows(r), queries);
+  if (!some.empty()) {
+    const int64_t count = some.size(), D = r.dims;
+    Array<T> rows(count * D);
+    for (int64_t i = 0; i < count; ++i) std::copy_n(query_rows(r).data + some[i] * D, D, rows.data() + i * D);
+    put_in_order(Rows<T>{rows.data(), count, r.dims}, queries);
+    for (uint32_t i = 0; i < queries.n; ++i) queries.ids[i] = some[queries.ids[i]];
+  } else if (r.queries || r.m != n) {
+    put_in_order(query_rows(r), queries);
+  }
   const Grid<T> p = points.view(), q = queries.dims ? queries.view() : p;
   s.points = &p;
   s.queries = &q;
@@ -183,11 +193,20 @@ void search_underflowing(const Request<T>& r, const Pool& pool) {
 
 }  // namespace
 
-bool worth_a_grid(int64_t n, int dims) { return n > kExhaustive && dims <= kMostGridDims; }
+template <class T>
+bool worth_more(const Request<T>& r) {
+  return worth_a_grid(r.n, r.dims) || worth_products(r);
+}
+
+bool worth_preparing(int64_t n, int dims) { return worth_a_grid(n, dims) || worth_packing(n, dims, 1); }
 
 template <class T>
 Prepared<T>::Prepared(const Rows<T>& rows, const Pool& pool) : rows_(rows) {
   const ExactFloats exact;
+  if (!worth_a_grid(rows.n, rows.dims)) {
+    packed_ = pack_points(rows, pool);
+    return;
+  }
   zero_share_ = share_of_zero_distances(rows);
   all_ = grid_of_first(rows, rows.n, kUsualK, pool);
 }
@@ -208,6 +227,12 @@ void search(const Request<T>& r, Prepared<T>* made, const Pool& pool) {
   fill_missing(r, r.n == 0, pool);
   if (r.n == 0) return;
   if (made && made->size() != r.n) made = nullptr;
+  if (worth_products(r)) {
+    const std::vector<uint32_t> rest =
+        made ? search_products(r, made->packed(), pool) : search_products(r, pack_points(point_rows(r), pool), pool);
+    if (!rest.empty()) search_scan(r, r.n, pool, rest);
+    return;
+  }
   if (!worth_a_grid(r.n, r.dims) || (r.queries && r.m < 64 && !made)) return search_scan(r, r.n, pool);
   // So many at distance zero that a walk through the cells would meet far more than k of them? (Copies of one position
   // are not the problem: without_repeats leaves k of them.)
@@ -245,6 +270,8 @@ void SmallSearches<T>::search(const Request<T>& r) {
   kernels_of<T>().scan(s, 0, q.n, space.view());
 }
 
+template bool worth_more(const Request<float>&);
+template bool worth_more(const Request<double>&);
 template class Prepared<float>;
 template class Prepared<double>;
 template class SmallSearches<float>;

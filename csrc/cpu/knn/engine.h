@@ -5,53 +5,40 @@
 // finite or its distance overflows.
 #pragma once
 
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "cpu/knn/grid.h"
 #include "cpu/knn/parallel.h"
-#include "cpu/knn/types.h"
+#include "cpu/knn/products.h"
+#include "cpu/knn/request.h"
 
 namespace dfn::knn {
 
-// What to find, and where to put it.
+// Does anything but comparing every pair pay, for a search or for many of the same points?
 template <class T>
-struct Request {
-  const T* points;      // [n][dims]
-  int64_t n;
-  const T* queries;     // [m][dims]; null: the points
-  int64_t m;
-  int dims;
-  int k;
-  bool causal = false;  // only points with id <= the query's
-  bool include_self = true;
-  bool absolute = false;  // by sums of absolute differences; neither causal nor without self
-  T within = std::numeric_limits<T>::infinity();  // only points nearer than that count
-  int64_t first_id = 0;   // of the points, in the output
-  int64_t* ids;         // [m][k]
-  T* dists;             // [m][k]
-};
+bool worth_more(const Request<T>& request);
+bool worth_preparing(int64_t n, int dims);
 
-// Do n such points pay for a grid at all?
-bool worth_a_grid(int64_t n, int dims);
-
-// The grids of points that will be searched again and again: that of all points is built at once, those of the prefixes
-// on the first causal search. The rows must stay where and what they are. Safe from several threads.
+// What serves points that will be searched again and again: packed for products, where they have many dimensions, or
+// grids: that of all points is built at once, those of the prefixes on the first causal search. The rows must stay where
+// and what they are. Safe from several threads.
 template <class T>
 class Prepared {
  public:
   Prepared(const Rows<T>& rows, const Pool& pool);
 
   int64_t size() const { return rows_.n; }
+  const PackedPoints<T>& packed() const { return packed_; }
   double zero_share() const { return zero_share_; }
   // Of the first n / 2^level points.
   const BuiltGrid<T>& prefix(size_t level, const Pool& pool);
 
  private:
   Rows<T> rows_;
-  double zero_share_;
+  PackedPoints<T> packed_;
+  double zero_share_ = 0;
   BuiltGrid<T> all_;
   std::mutex mutex_;
   std::vector<BuiltGrid<T>> halves_;  // of n/2, n/4, ... points; filled once, all of them

@@ -109,12 +109,12 @@ void run(const Tensor& points, const std::optional<Tensor>& queries, const Sets&
     for (int64_t i = begin; i < end; ++i) {
       const Sets::Set set = sets.at(i);
       if (is_large(set) || set.first_query == set.end) continue;
-      if (knn::worth_a_grid(set.n, static_cast<int>(D))) {
+      knn::Request<T> r = request(set);
+      if (knn::worth_more(r)) {
         search(i, set, knn::Pool{});
         continue;
       }
       if (!small[worker]) small[worker].reset(new knn::SmallSearches<T>(static_cast<int>(D), static_cast<int>(k)));
-      knn::Request<T> r = request(set);
       small[worker]->search(r);
       fill_padding(r, set.end - set.first_query);
     }
@@ -178,7 +178,7 @@ Grids<T> grids_of(const Tensor& points, const Sets& sets) {
   Grids<T> grids(sets.count());
   for (int64_t i = 0; i < sets.count(); ++i) {
     const Sets::Set set = sets.at(i);
-    if (!knn::worth_a_grid(set.n, static_cast<int>(D))) continue;
+    if (!knn::worth_preparing(set.n, static_cast<int>(D))) continue;
     const T* first = static_cast<const T*>(points.data_ptr()) + (set.b * N + set.first) * D;
     grids[i] = std::make_unique<knn::Prepared<T>>(knn::Rows<T>{first, set.n, static_cast<int>(D)}, pool);
   }

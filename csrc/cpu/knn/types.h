@@ -62,6 +62,18 @@ struct Scratch {
   uint32_t* strip_hint;  // [slabs]
 };
 
+// What one query has met in a search by products (products.h): the points that may be among its k nearest.
+template <class T>
+struct Candidates {
+  T reach;             // a point with a lower bound above that cannot be; NaN: nothing more is wanted
+  int64_t end;         // ids below that are visible,
+  int64_t hidden;      // but for this one
+  int count, room;
+  T *lower, *upper;    // [room], bounds of the squared distance, less what depends on the query alone
+  uint32_t* ids;       // [room], ascending
+  void (*full)(Candidates&);  // called with count = room, makes room
+};
+
 // The functions that exist once per instruction set.
 template <class T>
 struct Kernels {
@@ -74,6 +86,28 @@ struct Kernels {
 struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
+};
+
+template <class T>
+struct ProductKernels {
+  int panel, tile;  // queries and points multiplied at once
+  // packed[d][i] = rows[i][d] - centre[d] for i < count, 0 for the other rows of a panel or a tile; norms[i] = the sum
+  // of the squares of those.
+  void (*pack_queries)(const T* rows, int count, int dims, const T* centre, T* packed, double* norms);
+  void (*pack_points)(const T* rows, int count, int dims, const T* centre, T* packed, double* norms);
+  // Offers the points first, first + 1, .. of a tile, whose bounds are lower and upper less twice the product, to each
+  // query of a panel.
+  void (*compare)(int dims, const T* queries, const T* points, const T* lower, const T* upper, uint32_t first,
+                  Candidates<T>* const* candidates, int count);
+  // The distances of one query to some points, as they are defined.
+  void (*measure)(const T* query, const T* points, int dims, const uint32_t* ids, int count, T* dists);
+  // A number that k of x[0] .. x[count - 1], and few more, are not above.
+  T (*enough)(const T* x, int count, int k);
+};
+
+struct ProductTable {
+  ProductKernels<float> f32;
+  ProductKernels<double> f64;
 };
 
 }  // namespace dfn::knn
