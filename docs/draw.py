@@ -12,7 +12,7 @@ import torch
 import dfn_kernels as dk
 from dfn.pictures.animation import animate, record
 from dfn.pictures.fields import entities_picture
-from dfn.style import BLUE, EDGE, OURS, SMALL, SOFT, THICK, VERMILLION, bare, label_ends, picture
+from dfn.style import BLUE, EDGE, OURS, SMALL, SOFT, THICK, THIN, VERMILLION, bare, label_ends, picture
 
 HERE = Path(__file__).parent
 
@@ -84,6 +84,49 @@ def flow_drift(path: Path) -> None:
         axis.set_aspect("equal")
 
 
+def flow_norm(path: Path) -> None:
+    n = torch.arange(120)
+    energy = 0.2 + 2.5 * torch.exp(-(((n - 45) / 7.0) ** 2)) + 0.15 * torch.rand(120)
+    ones = torch.ones(1, 120, 1)
+    note = "Grey: the energy |f|^2 of each entity's flow. Lines: what a state of 1 becomes"
+    with picture(path, 11, 4.3, "flow_norm: entities that move fast speak softly", note) as figure:
+        axis = figure.add_subplot()
+        axis.fill_between(n, energy, color=EDGE, alpha=0.5, lw=0)
+        lines = []
+        for mode, color, width in (("mean", SOFT, THIN), ("entity", VERMILLION, THIN), ("causal", OURS, THICK)):
+            y = dk.flow_norm(ones, energy[None], eps=0.1, mode=mode)
+            (line,) = axis.plot(n, y[0, :, 0], color=color, lw=width)
+            lines.append((line, f'"{mode}"'))
+        axis.set(xlim=(0, 119), ylim=(0, 3), xlabel="entity", ylabel="energy, state")
+        label_ends(axis, lines)
+
+
+def flow_attention(path: Path) -> None:
+    N, k, sigma, asking = 160, 12, 0.05, 7
+    positions = torch.rand(N, 2)
+    around = positions - 0.5
+    flow = torch.tensor([[-0.3, -0.8], [0.8, -0.3]])
+    _, drift, near = dk.flow_attention(around, positions, flow, torch.ones(N, 1), sigma, k, alpha=0.2, normalize=True)
+    weights = torch.exp(-near.sq_dists / (2 * sigma**2))
+    note = f"All drift; then each reads from its {k} nearest, the nearer the more (width of the lines)"
+    with picture(path, 11, 5.6, "flow_attention: drift, look around, read", note) as figure:
+        left, right = figure.subplots(1, 2)
+        for axis, title in ((left, "where they were, and where they drift"), (right, "what one of them reads there")):
+            bare(axis)
+            axis.set(title=title, aspect="equal", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        left.scatter(*positions.T, s=18, color=SOFT, linewidths=0)
+        step = drift.positions - positions
+        left.quiver(*positions.T, *step.T, angles="xy", scale_units="xy", scale=1, color=BLUE, width=0.005)
+        moved, here = drift.positions, drift.positions[asking]
+        right.scatter(*moved.T, s=18, color=SOFT, linewidths=0)
+        for j, w in zip(near.indices[asking], weights[asking], strict=True):
+            right.plot(*torch.stack([here, moved[j]]).T, color=BLUE, lw=0.4 + 6 * w.item(), solid_capstyle="round")
+        right.scatter(*moved[near.indices[asking]].T, s=26, color=BLUE, zorder=3)
+        right.scatter(*here, s=90, marker="x", color=VERMILLION, linewidths=2.4, zorder=4)
+        left.scatter(*positions[asking], s=90, marker="x", color=VERMILLION, linewidths=2.4, zorder=4)
+        right.set_xlabel("cross: the one that reads, blue: from whom", size=SMALL)
+
+
 def pattern_route(path: Path) -> None:
     P, O, I = 4, 10, 14
     patterns = torch.randn(P, O, I)
@@ -108,6 +151,22 @@ def pattern_route(path: Path) -> None:
         axes[0, P + 1].set_title("their mixture")
 
 
+def low_rank_route(path: Path) -> None:
+    P, O, I, r = 2, 24, 32, 3
+    up, down = torch.randn(P, O, r), torch.randn(P, r, I)
+    size = f"{P} patterns of {O} x {I} from {P * r * (O + I)} numbers instead of {P * O * I:,}"
+    with picture(path, 11, 3.6, "low_rank_route: each pattern is a product of two thin matrices", size) as figure:
+        axes = figure.subplots(1, 3 * P, width_ratios=[O / 3, I, I] * P)
+        for p in range(P):
+            shown = dict(cmap="RdBu", vmin=-3, vmax=3)
+            for axis, matrix, said in zip(axes[3 * p :], (up[p], down[p], up[p] @ down[p]), ("up", "down", "pattern"),
+                                          strict=False):  # fmt: skip
+                bare(axis)
+                axis.imshow(matrix, **shown)
+                axis.set_title(f"{said} {p}", size=SMALL)
+                axis.set_xlabel(" x ".join(map(str, matrix.shape)), size=SMALL)
+
+
 def field_sample(path: Path) -> None:
     cells = torch.linspace(0, 1, 400)
     bump = lambda at, width: torch.exp(-(((cells - at) / width) ** 2))  # noqa: E731
@@ -121,8 +180,11 @@ def field_sample(path: Path) -> None:
         axis.set(xlim=(0, 1), ylim=(-0.16, 1.15), yticks=[0, 0.5, 1], xlabel="position", ylabel="density")
 
 
+OPS = (
+    knn, gaussian_gather, flow_drift, flow_norm, flow_attention, pattern_route, low_rank_route, field_sample,
+)  # fmt: skip
 PICTURES = {
-    **{f"{op.__name__}.png": op for op in (knn, gaussian_gather, flow_drift, pattern_route, field_sample)},
+    **{f"{op.__name__}.png": op for op in OPS},
     "entities.png": entities_picture,
     "drift.gif": lambda path: animate(record(), path),
 }
