@@ -69,7 +69,7 @@ import os, json, pathlib
 pathlib.Path(os.environ["DFN_SUITE_FACTS"]).write_text(json.dumps(os.environ["DFN_TEST_DEVICE"]))
 import bench.gpu_suite
 """
-    outcome = run_part(part("x", code), 20)
+    outcome = run_part(part("x", code, 120), 120)  # it imports PyTorch
     assert outcome.status == "ok" and outcome.facts == "cuda"
 
 
