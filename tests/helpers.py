@@ -3,7 +3,9 @@
 import itertools
 import os
 import subprocess
+import sys
 import wave
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -174,6 +176,24 @@ def check_same(backend: str, positions: Tensor, k: int, **options) -> dfn_kernel
     assert same_bits(got.indices, want.indices)
     assert same_bits(got.sq_dists, want.sq_dists)
     return got
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    """What a process of its own prints that runs ``code``, and ends with status 0."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_on_instruction_set(isa: str, code: str) -> None:
+    """Runs checks of the op tests, imported by name, on these kernels; a set that is missing here falls back."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (tests / "kernels", tests, tests.parent)))
+    asked = "import torch, dfn_kernels; print(torch.ops.dfn_cpu.instruction_set())"
+    said = python(code + asked, tests.parent, DFN_CPU_ISA=isa, PYTHONPATH=path)
+    assert isa != "baseline" or said.strip() == "baseline"
 
 
 def ended_well(workers: list[subprocess.Popen]) -> list[str]:

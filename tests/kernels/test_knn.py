@@ -1,13 +1,9 @@
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import point_sets
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, check_compiled, check_same, same_bits
+from helpers import DEVICE, INTERPRETED, backends, check_compiled, check_on_instruction_set, check_same, same_bits
 
 import dfn_kernels
 from dfn_kernels import KnnFunction, KNNIndex, knn
@@ -170,14 +166,8 @@ for name in ("lattice", "256 positions", "overflowing"):
         for mask in test_knn.MASKS[::3]:
             test_knn.check_same("native", p, k, **mask)
         test_knn.check_same("native", p.double(), k)
-print(torch.ops.dfn_cpu.instruction_set())
 """
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    env = {**os.environ, "DFN_CPU_ISA": isa, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert isa != "baseline" or run.stdout.strip() == "baseline"
+    check_on_instruction_set(isa, code)
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "native"])

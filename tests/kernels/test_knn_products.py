@@ -1,15 +1,11 @@
 """The search by products (docs/search.md, Many dimensions): the bits of the reference, on what it could get wrong."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import point_sets
 import pytest
 import torch
-from helpers import INTERPRETED, backends, check_same, same_bits
+from helpers import INTERPRETED, backends, check_on_instruction_set, check_same, same_bits
 from torch.nn.functional import normalize
 
 from dfn_kernels import KNNIndex, knn
@@ -185,11 +181,5 @@ for i, name in enumerate(("two far clusters", "corners", "any norm", "underflowi
     x = t.SETS[name](333, 131)
     t.check_same("native", x, 11, **t.MASKS[i % 4])
     t.check_same("native", x.double(), 5, **t.MASKS[(i + 1) % 4])
-print(torch.ops.dfn_cpu.instruction_set())
 """
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    env = {**os.environ, "DFN_CPU_ISA": isa, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert isa != "baseline" or run.stdout.strip() == "baseline"
+    check_on_instruction_set(isa, code)

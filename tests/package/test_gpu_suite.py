@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import INTERPRETED
+from helpers import INTERPRETED, python
 
 import dfn_kernels
 from bench import gpu_build, gpu_parts, gpu_profile, gpu_suite, gpu_training
@@ -273,8 +273,7 @@ def test_what_is_missing_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_build, "host_module", lambda: tmp_path / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
     assert gpu_build.build_host() == "_host is built"
     code = "import _host; index = _host.StreamingKNN(1, 2); print(index is not None)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    assert python(code, tmp_path) == "True\n"
     assert gpu_build.build_host() == "_host is there"
     assert gpu_build.build_libraries([]) == "the libraries load"
     monkeypatch.setattr(gpu_build.shutil, "which", lambda name: None)

@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import shutil
@@ -12,21 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED
+from helpers import DEVICE, INTERPRETED, python
 
 import dfn
 import dfn_kernels as dk
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="not about Triton kernels")
-
-
-def python(code: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 SOME_OPS = """
