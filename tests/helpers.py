@@ -15,6 +15,7 @@ from dfn_kernels._backends import INTERPRETED, missing
 
 DEVICE = os.environ.get("DFN_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]  # of a search
 
 
 def backends(op: str) -> list[str]:

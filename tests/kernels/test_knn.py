@@ -3,13 +3,21 @@ import copy
 import point_sets
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, check_compiled, check_on_instruction_set, check_same, same_bits
+from helpers import (
+    DEVICE,
+    INTERPRETED,
+    MASKS,
+    backends,
+    check_compiled,
+    check_on_instruction_set,
+    check_same,
+    same_bits,
+)
 
 import dfn_kernels
 from dfn_kernels import KnnFunction, KNNIndex, knn
 
 BACKENDS = backends("knn")
-MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 N_SMALL = 24 if INTERPRETED else 900  # the interpreter is slow; natively, enough points for the grid
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import point_sets
 import pytest
 import torch
-from helpers import INTERPRETED, backends, check_on_instruction_set, check_same, same_bits
+from helpers import INTERPRETED, MASKS, backends, check_on_instruction_set, check_same, same_bits
 from torch.nn.functional import normalize
 
 from dfn_kernels import KNNIndex, knn
@@ -13,7 +13,6 @@ from dfn_kernels import KNNIndex, knn
 pytestmark = pytest.mark.skipif(
     INTERPRETED or "native" not in backends("knn") or torch.cuda.is_available(), reason="about the C++ kernels"
 )
-MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 
 
 def two_far_clusters(n, D):

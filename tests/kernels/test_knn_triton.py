@@ -3,7 +3,7 @@
 import point_sets
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, backends, check_same, same_bits
+from helpers import DEVICE, INTERPRETED, MASKS, backends, check_same, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +18,6 @@ from dfn_kernels.triton.knn import brute, lists, tree, walk, warm  # noqa: E402
 
 N = 61 if INTERPRETED else 3001
 use_tree = package.use_tree
-MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 
 
 def small_trees(monkeypatch):

@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, assert_accurate, backends, distance, same_bits
+from helpers import DEVICE, INTERPRETED, MASKS, assert_accurate, backends, distance, same_bits
 
 import dfn_kernels as dk
 from dfn_kernels.packed import offsets_of_batch, place_in_set, set_of_rows
 
 BACKENDS = backends("knn")
-MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]
 # Empty ones first, last and between; one of a single row; one that takes the grid among small ones.
 SIZES = [0, 1, 5, 0, 0, 9, 2, 0] if INTERPRETED else [0, 3, 1, 0, 17, 0, 0, 40, 800, 2, 0]
 
