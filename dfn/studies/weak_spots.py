@@ -86,6 +86,18 @@ class PixelClassifier(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class PixelCNN(nn.Sequential):
+    """What one would take for such pictures, ``[B, 64, 1]``: two convolutions of 3 x 3, with as many weights."""
+
+    def __init__(self, channels: int = 32):
+        super().__init__(
+            nn.Unflatten(1, (1, *GRID)), nn.Flatten(-2),
+            nn.Conv2d(1, channels, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(2 * channels, 10),
+        )  # fmt: skip
+
+
 class Pixels(Task):
     """``held_out_loss`` is the share of the held-out digits that are told."""
 
@@ -102,6 +114,8 @@ class Pixels(Task):
                 one.attention = change(one.attention, one.positions)
             return one
 
+        if line.get("cnn"):
+            return PixelCNN()
         return PixelClassifier(o, None if line.get("attention") else mixer, line.get("places", True))
 
     def batch(self, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
@@ -163,6 +177,7 @@ LINES: dict[str, dict[str, tuple[str, dict]]] = {
     "digits": {
         "attention": ("self-attention", dict(attention=True)),
         "attention-placeless": ("self-attention without position embeddings", dict(attention=True, places=False)),
+        "cnn": ("a CNN of two layers", dict(cnn=True)),
         "mixer": ("FlowMixer", {}),
         "placeless": ("without position embeddings", dict(places=False)),
         "k32": ("k = 32", dict(k=32)),
