@@ -54,7 +54,7 @@ def length_study(seeds: int = 3) -> dict:
         for i, kind in enumerate(("dfn", "transformer++", "window")):
             by = {str(end): 2.2 + 0.1 * i * n + 0.03 * draw.random() for n, end in enumerate(ends)}
             cells[f"text/{kind}/0.006/{seed}"] = dict(value=2.2 + 0.1 * i, by_stretch=by, by_length=by)
-        for i, kind in enumerate(("dfn", "transformer++", "window", "dfn, memory")):
+        for i, kind in enumerate(("dfn", "transformer++", "window", "dfn, memory", "semantic", "semantic, memory")):
             share = {str(e - 2): max(0, min(1, 1 - 0.12 * i * n)) for n, e in enumerate([64, *ends])}
             cells[f"needle/{kind}/0.006/{seed}"] = dict(value=1.0, by_distance=share)
     return dict(study="length", options=dict(seed=0, length=512), cells=cells)

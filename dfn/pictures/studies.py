@@ -15,6 +15,8 @@ MODELS = {
     "transformer": (ORANGE, "D", "Transformer"),
     "flownetwork": (PURPLE, "v", "FlowNetwork"),
     "dfn, memory": (SKY, "P", "DFN with memory"),
+    "semantic": (INK, "X", "DFN, two semantic heads"),
+    "semantic, memory": (SOFT, "*", "two semantic heads, memory"),
 }
 
 

@@ -10,13 +10,15 @@ from ..training.checkpoints import CheckpointError
 
 # What `dfn train KIND` knows, by name. Subclasses of `dfn.runs.Task`, which hold their defaults, register here.
 KINDS: dict[str, type] = {}
+LARGEST = 2**31 - 1  # integer
 
 
 class UsageError(ValueError):
     """An option that cannot be: bad usage, not a failed run."""
 
 
-def option(default, help: str, least: float | None = None, choices: tuple[str, ...] = (), most: float = 2**31 - 1):
+def option(default, help: str, least: float | None = None, choices: tuple[str, ...] = (), most: float = 0):
+    """``most`` 0: no limit but that of integers, `LARGEST`."""
     return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
 
 
@@ -44,7 +46,8 @@ class Options:
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
     block: str = option("recommended", "of a language model: today's, or that of runs begun before December 2026",
                         choices=("recommended", "first"))  # fmt: skip
-    dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0)
+    semantic: int = option(0, "heads without time, which find what lies far back (0: one in four)", 0)
+    dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0, most=1)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps until lr is reached", 0)
     weight_decay: float = option(0.01, "how much AdamW shrinks the matrices in a step, times lr", 0)
@@ -90,8 +93,9 @@ class Options:
             value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
             if least is not None and not least <= value < float("inf"):
                 raise UsageError(f"{f.name} must be at least {least}, got {value}")
-            if least is not None and isinstance(value, int) and value > f.metadata["most"]:
-                raise UsageError(f"{f.name} must be at most {f.metadata['most']}, got {value}")
+            most = f.metadata["most"] or (LARGEST if isinstance(value, int) else None)
+            if most is not None and value > most:
+                raise UsageError(f"{f.name} must be at most {most}, got {value}")
             if choices and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(filter(None, choices))}, got {value}")
         if self.dim % self.heads:
@@ -110,4 +114,5 @@ class Options:
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
-OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "dropout")
+OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "semantic",
+       "dropout")  # fmt: skip

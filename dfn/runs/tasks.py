@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fields.sampler import Entities
 from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
-from ..models.layers import FIRST_BLOCK
+from ..models.layers import FIRST_BLOCK, recommended_heads
 from ..models.memory import MemoryState
 from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
@@ -113,7 +113,7 @@ class Text(Task):
     """a causal language model of bytes"""
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
-    own = ("data", "length", "memory_size", "pack", "without", "block", "dropout")
+    own = ("data", "length", "memory_size", "pack", "without", "block", "semantic", "dropout")
     unit, counted, partial = "bits", "bytes", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
     words = {
@@ -126,6 +126,13 @@ class Text(Task):
         "bytes held out": ("held out in all", "bytes"),
     }
 
+    @classmethod
+    def check(cls, options, given):
+        try:
+            recommended_heads(1 if options.without == "heads" else options.heads, options.semantic or None)
+        except ValueError as error:
+            raise UsageError(str(error).removeprefix("recommended_heads: ")) from None
+
     @property
     def graphable(self) -> bool:
         return not self.options.memory_size
@@ -136,7 +143,8 @@ class Text(Task):
 
     def model(self) -> DFNLanguageModel:
         o = self.options
-        options = {**(FIRST_BLOCK if o.block == "first" else {}), **({"dropout": o.dropout} if o.dropout else {})}
+        given = {name: value for name in ("semantic", "dropout") if (value := getattr(o, name))}
+        options = {**(FIRST_BLOCK if o.block == "first" else {}), **given}
         config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.shape())
         return DFNLanguageModel(**(ablated(config, o.without) if o.without else config))
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..models.language import DFNLanguageModel
 from ..runs.options import Options
 from ..runs.tasks import Task
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
@@ -20,7 +19,9 @@ from .language import SIZES
 from .rivals import contender
 from .sources import SplitText, bits_by_place, split_by_content
 
-MODELS = ("dfn", "transformer++", "window")  # the plain Transformer ends where it was trained
+MODELS = ("dfn", "semantic", "transformer++", "window")  # the plain Transformer ends where it was trained
+SEMANTIC = 2  # heads without time of the four that the DFN called "semantic" has; the recommended one has one
+REMEMBERS = ", memory"  # what the name of a DFN with a memory ends with
 TASKS = ("text", "needle")
 HERE, WHICH, NOISE, SYMBOLS = 0, 1, 30, 32  # ids: two marks, then noise, then symbols
 TOKENS = 2 + NOISE + SYMBOLS
@@ -113,6 +114,19 @@ def add(parser: argparse.ArgumentParser) -> None:
               weight_decay=0.01, seed=0)  # fmt: skip
 
 
+def dfn_of(kind: str, vocab_size: int, arguments: argparse.Namespace) -> dict:
+    """The arguments of the `DFNLanguageModel` of this kind, or of the one that a rival is as large as."""
+    name, remembers, _ = kind.partition(REMEMBERS)
+    more = dict(memory_size=arguments.memory_size) if remembers else {}
+    more |= dict(block_options=dict(semantic=SEMANTIC)) if name == "semantic" else {}
+    return dict(vocab_size=vocab_size, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters], **more)
+
+
+def model_of(kind: str, vocab_size: int, arguments: argparse.Namespace) -> nn.Module:
+    config, name = dfn_of(kind, vocab_size, arguments), kind.partition(REMEMBERS)[0]
+    return contender("dfn" if name in ("dfn", "semantic") else name, config, arguments.length)
+
+
 def lengths(shortest: int, longest: int) -> list[int]:
     """The shortest, doubled until the longest."""
     found = [shortest]
@@ -139,10 +153,8 @@ def run(arguments: argparse.Namespace) -> dict:
         return options_of(arguments, lr=rate, seed=seed, memory_size=0)
 
     def text(kind: str, rate: float, seed: int) -> dict:
-        config = dict(vocab_size=256, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters])
-
         def cell(folder) -> dict:
-            build = lambda: contender(kind, config, arguments.length)  # noqa: E731
+            build = lambda: model_of(kind, 256, arguments)  # noqa: E731
             judge = lambda model: float(bits_by_place(model, judged, arguments.length).mean())  # noqa: E731
             task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
             model, result = (lambda r: (r[0].model, r[1]))(study.trained(task, options(rate, seed), folder))
@@ -155,15 +167,10 @@ def run(arguments: argparse.Namespace) -> dict:
         return study.cell(f"text/{kind}/{rate:g}/{seed}", cell)
 
     def needle(kind: str, rate: float, seed: int) -> dict:
-        remembers = kind == "dfn, memory"
-        config = dict(vocab_size=TOKENS, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters],
-                      memory_size=arguments.memory_size if remembers else 0)  # fmt: skip
-        segment = max(arguments.span + 1, arguments.length // 4) if remembers else None
+        segment = max(arguments.span + 1, arguments.length // 4) if kind.endswith(REMEMBERS) else None
 
         def cell(folder) -> dict:
-            build = lambda: (  # noqa: E731
-                DFNLanguageModel(**config) if remembers else contender(kind, config, arguments.length)
-            )
+            build = lambda: model_of(kind, TOKENS, arguments)  # noqa: E731
             trained, result = study.trained(
                 lambda o: Needle(o, build, arguments.span, segment), options(rate, seed), folder
             )
@@ -178,7 +185,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
         return study.cell(f"needle/{kind}/{rate:g}/{seed}", cell)
 
-    remembering = ["dfn, memory"] if "dfn" in arguments.models else []
+    remembering = [kind + REMEMBERS for kind in ("dfn", "semantic") if kind in arguments.models]
     with study.reported(table):
         for task, compute, more in (("text", text, []), ("needle", needle, remembering)):
             if task not in arguments.tasks:

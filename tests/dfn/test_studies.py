@@ -151,7 +151,7 @@ def test_length(text, tmp_path):
                  "--rows", 2, "--seeds", 1, "--memory-size", 4, "--out", tmp_path, *COMMON]  # fmt: skip
     assert study(*arguments) == 0
     found = is_whole(tmp_path)
-    assert len(found["cells"]) == 3 + 4  # a DFN with a memory, too, finds needles
+    assert len(found["cells"]) == 4 + 6  # both DFN with a memory, too, find needles
     for key, c in found["cells"].items():
         if key.startswith("text"):
             assert list(c["by_length"]) == ["16", "32", "64"]
