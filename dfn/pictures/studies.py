@@ -30,16 +30,20 @@ def moments(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def band(ax, x: list[float], values: list[list[float]], kind: str, marks: bool = True):
+def band(ax, x: list[float], values: list[list[float]], kind: str, marks: bool = True, each: bool = False):
     """A line through the means, a band of one standard deviation; ``values`` has a list of seeds for every x.
 
-    Ours is thick and lies below the others: where curves meet, all are seen.
+    ``each``: a dotted line for each seed in place of the band, where a seed finds all or nothing. Ours is thick and
+    lies below the others: where curves meet, all are seen.
     """
     color, mark, _ = MODELS[kind]
     ours = kind == "dfn"
     means, deviations = zip(*map(moments, values), strict=True)
     (line,) = ax.plot(x, means, mark + "-" if marks else "-", color=color, lw=THICK if ours else THIN,
                       ms=8 if ours else 5, zorder=2.5 if ours else 3)  # fmt: skip
+    if each:
+        ax.plot(x, values, color=color, lw=1, ls=":", alpha=0.7)
+        return line
     low, high = ([m + s * d for m, d in zip(means, deviations, strict=True)] for s in (-1, 1))
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     return line
@@ -126,7 +130,7 @@ def length(found: dict, path: Path) -> None:
     panels = [task for task in ways if any(key[0] == task for key in best)] or ["text"]
     trained = found["options"]["length"]
     seeds = of_seeds(max(map(len, best.values()), default=0))
-    note = f"Grey: further than the {trained:,} trained on; {seeds}"
+    note = f"Grey: further than the {trained:,} trained on; {seeds}{', dotted: each' if 'needle' in panels else ''}"
     with picture(path, 11 if len(panels) > 1 else 7.5, 5, "Beyond the length trained on", note) as fig:
         labels = []
         for ax, task in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -137,7 +141,8 @@ def length(found: dict, path: Path) -> None:
             for kind in (kind for kind in MODELS if (task, kind) in best):
                 cells = best[task, kind]
                 ends = [int(end) for end in cells[0][name]]
-                line = band(ax, ends, [[factor * c[name][str(end)] for c in cells] for end in ends], kind)
+                values = [[factor * c[name][str(end)] for c in cells] for end in ends]
+                line = band(ax, ends, values, kind, each=task == "needle")
                 lines.append((line, MODELS[kind][2]))
             ax.set_xscale("log", base=2)
             ticks = ends[-1::-2] if len(ends) > 5 else ends  # all of them would overprint each other
