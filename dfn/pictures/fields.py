@@ -95,6 +95,7 @@ def _spectrogram(ax, sound: WaveField, share: int, generator: torch.Generator) -
     ax.scatter(when * seconds, pitch * kilohertz, s=7, color=CREAM, alpha=0.85, linewidths=0)
     ax.set_title(f"a sound (three plucked strings, a whistle) and its {entities.positions.shape[1]:,} entities")
     ax.set(xlabel="seconds", ylabel="kilohertz")
+    ax.tick_params(axis="x", pad=9)  # the corner has a 0 of each axis
 
 
 def _line(ax, line: bytes, generator: torch.Generator) -> None:
