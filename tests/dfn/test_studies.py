@@ -1,5 +1,6 @@
 """Every study from end to end at a tiny size: what it writes, that it goes on where it was stopped, its pictures."""
 
+import argparse
 import copy
 import json
 import runpy
@@ -9,6 +10,8 @@ import torch
 from helpers import INTERPRETED
 
 from dfn import cli
+from dfn.runs.options import Options
+from dfn.runs.tasks import Text
 from dfn.studies import cells, language, length, parts, recall
 from dfn.studies.cells import Study, load, spread
 from dfn.training.trainer import Trainer
@@ -159,6 +162,16 @@ def test_length(text, tmp_path):
             assert abs(whole - c["by_length"]["64"]) < 1e-9
         else:
             assert list(c["by_distance"]) == ["2", "14", "30", "62"]
+
+
+def test_semantic_heads():
+    """Of the model that the study calls so, and of `dfn train text --semantic`; the others have one of four."""
+    asked = argparse.Namespace(k=4, pos_dim=3, parameters="0.1M", memory_size=5, length=16)
+    for kind, heads, memory in (("dfn", 1, 0), ("semantic", 2, 0), ("semantic, memory", 2, 5), ("dfn, memory", 1, 5)):
+        model = length.model_of(kind, 31, asked)
+        assert model.positions.semantic == heads and model.config["memory_size"] == memory
+    for given, heads in (({}, 1), ({"semantic": 3}, 3)):
+        assert Text(Options.of("text", **given)).model().positions.semantic == heads
 
 
 def test_parts(text, tmp_path, monkeypatch):
