@@ -19,8 +19,9 @@ from .language import SIZES
 from .rivals import contender
 from .sources import SplitText, bits_by_place, split_by_content
 
-MODELS = ("dfn", "semantic", "transformer++", "window")  # the plain Transformer ends where it was trained
-SEMANTIC = 2  # heads without time of the four that the DFN called "semantic" has; the recommended one has one
+# Of four heads two are without time, where the recommended block has one.
+DFNS = {"dfn": {}, "semantic": dict(block_options=dict(semantic=2))}
+MODELS = (*DFNS, "transformer++", "window")  # the plain Transformer ends where it was trained
 REMEMBERS = ", memory"  # what the name of a DFN with a memory ends with
 TASKS = ("text", "needle")
 HERE, WHICH, NOISE, SYMBOLS = 0, 1, 30, 32  # ids: two marks, then noise, then symbols
@@ -114,17 +115,12 @@ def add(parser: argparse.ArgumentParser) -> None:
               weight_decay=0.01, seed=0)  # fmt: skip
 
 
-def dfn_of(kind: str, vocab_size: int, arguments: argparse.Namespace) -> dict:
-    """The arguments of the `DFNLanguageModel` of this kind, or of the one that a rival is as large as."""
-    name, remembers, _ = kind.partition(REMEMBERS)
-    more = dict(memory_size=arguments.memory_size) if remembers else {}
-    more |= dict(block_options=dict(semantic=SEMANTIC)) if name == "semantic" else {}
-    return dict(vocab_size=vocab_size, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters], **more)
-
-
 def model_of(kind: str, vocab_size: int, arguments: argparse.Namespace) -> nn.Module:
-    config, name = dfn_of(kind, vocab_size, arguments), kind.partition(REMEMBERS)[0]
-    return contender("dfn" if name in ("dfn", "semantic") else name, config, arguments.length)
+    """The model that the study calls so; a rival is as large as the DFN."""
+    name, remembers, _ = kind.partition(REMEMBERS)
+    config = dict(vocab_size=vocab_size, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters],
+                  **DFNS.get(name, {}), memory_size=arguments.memory_size if remembers else 0)  # fmt: skip
+    return contender("dfn" if name in DFNS else name, config, arguments.length)
 
 
 def lengths(shortest: int, longest: int) -> list[int]:
@@ -185,7 +181,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
         return study.cell(f"needle/{kind}/{rate:g}/{seed}", cell)
 
-    remembering = [kind + REMEMBERS for kind in ("dfn", "semantic") if kind in arguments.models]
+    remembering = [kind + REMEMBERS for kind in DFNS if kind in arguments.models]
     with study.reported(table):
         for task, compute, more in (("text", text, []), ("needle", needle, remembering)):
             if task not in arguments.tasks:
