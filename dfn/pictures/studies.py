@@ -49,15 +49,19 @@ def band(ax, x: list[float], values: list[list[float]], kind: str, marks: bool =
     return line
 
 
-def of_seeds(count: int) -> str:
-    return f"mean of {count} seeds, band: standard deviation" if count > 1 else "one seed"
+def of_seeds(best: dict[tuple, list[dict]]) -> str:
+    """What a line is the mean of; lines need not have as many seeds."""
+    fewest, most = min(map(len, best.values()), default=1), max(map(len, best.values()), default=1)
+    if most == 1:
+        return "one seed"
+    return f"mean of {most if fewest == most else f'{fewest} to {most}'} seeds, band: standard deviation"
 
 
 def language(found: dict, path: Path) -> None:
     """Bits per byte over seconds and over bytes seen, compressors as lines."""
     best = {kind: cells for (kind,), (_, cells) in best_cells(found, most=False).items()}
     values = [p["value"] for cells in best.values() for c in cells for p in c["curve"]]
-    note = f"Less is better; {of_seeds(max(map(len, best.values()), default=0))}"
+    note = f"Less is better; {of_seeds(best)}"
     title = f"Bits per byte of held-out text, {found['options']['parameters']} parameters each"
     with picture(path, 11, 5, title, note) as fig:
         axes = fig.subplots(1, 2, sharey=True)
@@ -89,7 +93,7 @@ def recall(found: dict, path: Path) -> None:
     ticks = sorted({int(p) for *_, p in best})
     columns = min(2, len(shapes))
     rows = math.ceil(len(shapes) / columns)
-    note = f"Associative recall: more is better; {of_seeds(max(map(len, best.values()), default=0))}"
+    note = f"Associative recall: more is better; {of_seeds(best)}"
     with picture(path, 3.9 * columns + 2.6, 2.9 * rows + 1.2, "How many looked-up values are right", note) as fig:
         axes = fig.subplots(rows, columns, sharey=True, squeeze=False)
         labels = []
@@ -129,7 +133,7 @@ def length(found: dict, path: Path) -> None:
     best = {key: cells for task, way in ways.items() for key, (_, cells) in way.items() if key[0] == task}
     panels = [task for task in ways if any(key[0] == task for key in best)] or ["text"]
     trained = found["options"]["length"]
-    seeds = of_seeds(max(map(len, best.values()), default=0))
+    seeds = of_seeds(best)
     note = f"Grey: further than the {trained:,} trained on; {seeds}{', dotted: each' if 'needle' in panels else ''}"
     with picture(path, 11 if len(panels) > 1 else 7.5, 5, "Beyond the length trained on", note) as fig:
         labels = []

@@ -131,6 +131,11 @@ def lengths(shortest: int, longest: int) -> list[int]:
     return found
 
 
+def needles(rows: int, length: int, longest: int) -> int:
+    """How many are judged on at a length: the shorter, the more."""
+    return max(rows, rows * longest // (8 * length))
+
+
 def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
     if arguments.longest < arguments.length:
@@ -138,7 +143,7 @@ def run(arguments: argparse.Namespace) -> dict:
     judged_at = lengths(arguments.length, arguments.longest)
     split = split_by_content(arguments.data) if "text" in arguments.tasks else None
     judged = None if split is None else split.held_out[: arguments.rows * judged_at[-1] + 1]
-    study = Study("length", arguments.out, asked(arguments, "data", "models", "tasks"),
+    study = Study("length", arguments.out, asked(arguments, "data", "models", "tasks", "rates"),
                   names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     if split is not None:
         facts = study.found.setdefault("text", split.facts(judged))
@@ -173,8 +178,8 @@ def run(arguments: argparse.Namespace) -> dict:
             by_distance = {}
             for length in [max(2 * arguments.span + 2, arguments.length // 8), *judged_at]:
                 generator = torch.Generator().manual_seed(seed + 2**33)
-                rows = max(arguments.rows, arguments.rows * judged_at[-1] // (8 * length))
                 distance = length - arguments.span - 1
+                rows = needles(arguments.rows, length, judged_at[-1])
                 batch = needle_batch(rows, length, arguments.span, distance=distance, generator=generator)
                 by_distance[str(distance)] = trained.task.found(trained.model, batch)
             return {**result, "by_distance": by_distance}
@@ -212,7 +217,10 @@ def table(found: dict) -> str:
         ]  # fmt: skip
         said = "Bits per byte of windows of so many bytes, held out; less is better."
         if task == "needle":
-            said = f"Needles of {o['span']} found over a distance, %; guessing finds {100 / SYMBOLS:.0f} %."
+            judged_at = [int(end) + o["span"] + 1 for end in ends]
+            judged_on = ", ".join(str(needles(o["rows"], length, judged_at[-1])) for length in judged_at)
+            said = (f"Needles of {o['span']} found over a distance, %; guessing finds {100 / SYMBOLS:.0f} %. "
+                    f"Every seed is judged on {judged_on} of them.")  # fmt: skip
         parts += [said, markdown(["model", "parameters", "seeds", *(f"{int(end):,}" for end in ends)], rows)]
     if "text" in found:
         parts.append(f"Data: {found['text']['name']}; windows run across files, which follow one another.")

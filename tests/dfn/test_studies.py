@@ -162,6 +162,10 @@ def test_length(text, tmp_path):
             assert abs(whole - c["by_length"]["64"]) < 1e-9
         else:
             assert list(c["by_distance"]) == ["2", "14", "30", "62"]
+    assert "judged on 4, 2, 2, 2 of them" in (tmp_path / "study.md").read_text()
+    few = ["--tasks", "needle", "--models", "window", "--rates", 6e-3, 1e-3]
+    assert study(*arguments, *few) == 0  # another rate is added to what is there
+    assert len(is_whole(tmp_path)["cells"]) == 11
 
 
 def test_semantic_heads():
