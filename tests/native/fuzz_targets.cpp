@@ -20,10 +20,11 @@ using namespace ops;
   std::abort();
 }
 
-// Row i of a search, by comparing all: k least (distance, id) among the points that are visible.
+// Row i of a search, by comparing all: k least (distance, id) among the points that are visible and nearer than within.
 template <class T, class Visible>
 void check_row(const T* points, int64_t n, int64_t D, const T* q, int64_t k, const int64_t* ids, const T* dists,
-               const Visible& visible, const char* what) {
+               const Visible& visible, const char* what, bool absolute = false,
+               T within = std::numeric_limits<T>::infinity()) {
   const dfn::knn::ExactFloats exact;
   const auto finite = [&](const T* x) {
     return std::all_of(x, x + D, [](T v) { return std::isfinite(v); });
@@ -32,8 +33,11 @@ void check_row(const T* points, int64_t n, int64_t D, const T* q, int64_t k, con
   for (int64_t j = 0; j < n && finite(q); ++j) {
     if (!visible(j) || !finite(points + j * D)) continue;
     T sum = 0;
-    for (int64_t d = 0; d < D; ++d) sum += (points[j * D + d] - q[d]) * (points[j * D + d] - q[d]);
-    if (sum < std::numeric_limits<T>::infinity()) all.push_back({sum, j});
+    for (int64_t d = 0; d < D; ++d) {
+      const T away = points[j * D + d] - q[d];
+      sum += absolute ? std::abs(away) : away * away;
+    }
+    if (sum < within) all.push_back({sum, j});
   }
   const int64_t found = std::min<int64_t>(k, all.size());
   std::partial_sort(all.begin(), all.begin() + found, all.end());
@@ -53,8 +57,9 @@ Tensor offsets(Bytes& in, int64_t S, int64_t n) {
 }
 
 template <class T>
-void knn_of(Bytes& in, Dtype type) {
-  const int64_t B = 1 + in.byte() % 2, D = 1 + in.byte() % 10, N = in.between(0, 1500);
+void knn_of(Bytes& in, Dtype type, int64_t least_dims = 1) {
+  const int64_t B = 1 + in.byte() % 2, D = least_dims + in.byte() % (least_dims > 1 ? 70 : 10);
+  const int64_t N = in.between(0, 1500);
   const int64_t k = in.coin() ? in.between(1, 20) : in.between(1, std::clamp<int64_t>(30000 / (N + 1), 20, 1024));
   bool causal = in.coin(), include_self = in.coin();
   const Tensor points = reals(in, {B, N, D}, type);
@@ -77,8 +82,12 @@ void knn_of(Bytes& in, Dtype type) {
   int64_t index = 0;
   if (in.coin()) index = op<KnnIndex>("knn_index")(points, lengths, ptr);
   if (in.coin() && lengths) lengths->data<int64_t>()[0] = in.wild(N + 1);  // not those of the index
-  const auto [ids, dists] =
-      op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index, ptr, query_ptr, {}, false);
+  const bool absolute = !causal && include_self && in.coin();
+  std::optional<double> within;
+  if (in.coin()) within = std::abs(in.real());
+  if (within && std::isnan(*within)) within.reset();  // Python refuses it
+  const auto [ids, dists] = op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index, ptr,
+                                           query_ptr, within, absolute);
   if (index) op<KnnForget>("knn_forget")(index);
   for (int64_t b = 0; b < B; ++b) {
     const auto length = [&](const Maybe& l, int64_t most) {
@@ -97,7 +106,97 @@ void knn_of(Bytes& in, Dtype type) {
         return i < m && (include_self || j != i) && (!causal || j <= i);
       };
       const int64_t row = (b * M + i) * k;
-      check_row(p, n, D, q + i * D, k, ids.data<int64_t>() + row, dists.data<T>() + row, visible, "knn");
+      check_row(p, n, D, q + i * D, k, ids.data<int64_t>() + row, dists.data<T>() + row, visible, "knn", absolute,
+                within ? static_cast<T>(*within) : std::numeric_limits<T>::infinity());
+    }
+  }
+}
+
+// Small whole numbers, so that sums are exact in any order.
+template <class T>
+void knn_backward(Bytes& in, Dtype type) {
+  const int64_t B = 1 + in.byte() % 2, N = in.between(1, 300), D = 1 + in.byte() % 5, k = 1 + in.byte() % 20;
+  const bool absolute = in.coin(), own = in.coin(), of_points = own || in.coin(), of_queries = !own && in.coin();
+  const int64_t M = own ? N : in.between(0, 300);
+  const Tensor points = plain({B, N, D}, type), grad = plain({B, M, k}, type), indices = wild_indices(in, {B, M, k}, N);
+  Maybe queries;
+  if (!own) queries = plain({B, M, D}, type);
+  bool bad = false;
+  std::vector<T> to_points(B * N * D), to_queries(B * M * D);
+  for (int64_t edge = 0; edge < indices.numel(); ++edge) {
+    const int64_t b = edge / (M * k), i = edge / k % M, j = indices.data<int64_t>()[edge];
+    bad |= j < -1 || j >= N;
+    if (j < 0 || j >= N) continue;
+    for (int64_t d = 0; d < D; ++d) {
+      const int64_t p = (b * N + j) * D + d, q = (b * M + i) * D + d;
+      const T away = points.data<T>()[p] - (own ? points : *queries).data<T>()[q];
+      const T push = grad.data<T>()[edge] * (absolute ? T((away > 0) - (away < 0)) : 2 * away);
+      to_points[p] += push;
+      (own ? to_points : to_queries)[q] -= push;
+    }
+  }
+  try {
+    const auto [a, b] = op<KnnBackward>("knn_backward")(grad, points, queries, indices, absolute, of_points, of_queries);
+    if (bad) wrong("knn_backward accepted an index out of range");
+    if (of_points && !std::equal(to_points.begin(), to_points.end(), a.template data<T>())) wrong("knn_backward: points");
+    if (of_queries && !std::equal(to_queries.begin(), to_queries.end(), b.template data<T>())) wrong("knn_backward: queries");
+  } catch (const std::out_of_range&) {
+    if (!bad) wrong("knn_backward refused good indices");
+  }
+}
+
+template <class T>
+void farthest(Bytes& in, Dtype type) {
+  const int64_t N = in.between(0, 400), D = 1 + in.byte() % 6, S = 1 + in.byte() % 4, total = in.between(0, 200);
+  const Tensor points = reals(in, {N, D}, type), ptr = offsets(in, S, N), out_ptr = offsets(in, S, total);
+  Maybe start;
+  if (in.coin()) start = wild_indices(in, {S}, N);
+  const Tensor out = op<FarthestPoints>("farthest_points")(points, ptr, out_ptr, start, total);
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t first = ptr.data<int64_t>()[s], n = ptr.data<int64_t>()[s + 1] - first;
+    const T* x = points.data<T>() + first * D;
+    const auto finite = [&](int64_t i) {
+      return std::all_of(x + i * D, x + (i + 1) * D, [](T v) { return std::isfinite(v); });
+    };
+    std::vector<T> away(n);  // -1: chosen
+    for (int64_t i = 0; i < n; ++i) away[i] = finite(i) ? std::numeric_limits<T>::infinity() : T(0);
+    int64_t next = std::clamp<int64_t>(start ? start->data<int64_t>()[s] : 0, 0, std::max<int64_t>(n - 1, 0));
+    for (int64_t at = out_ptr.data<int64_t>()[s]; at < out_ptr.data<int64_t>()[s + 1]; ++at) {
+      const bool left = at - out_ptr.data<int64_t>()[s] < n;
+      if (out.data<int64_t>()[at] != (left ? first + next : -1)) wrong("farthest_points");
+      if (!left) continue;
+      away[next] = -1;
+      for (int64_t i = 0; i < n && finite(next); ++i) {
+        T sum = 0;
+        for (int64_t d = 0; d < D; ++d) sum += (x[i * D + d] - x[next * D + d]) * (x[i * D + d] - x[next * D + d]);
+        if (finite(i)) away[i] = std::min(away[i], sum);
+      }
+      next = std::max_element(away.begin(), away.end()) - away.begin();
+    }
+  }
+}
+
+template <class T>
+void means(Bytes& in, Dtype type) {
+  const int64_t B = 1 + in.byte() % 3, N = in.between(0, 600), S = 1 + in.byte() % 6;
+  const bool causal = in.coin();
+  const Tensor x = reals(in, {B, N}, type), ptr = offsets(in, S, N);
+  const Tensor mean = op<SetMeans>("set_means")(x, ptr, causal), back = op<SetMeans>("set_means_backward")(x, ptr, causal);
+  const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  for (int64_t row = 0; row < B * S; ++row) {
+    const int64_t first = row / S * N + ptr.data<int64_t>()[row % S], end = row / S * N + ptr.data<int64_t>()[row % S + 1];
+    double sum = 0, whole = 0;
+    for (int64_t i = first; i < end; ++i) whole += x.data<T>()[i];
+    for (int64_t i = first; i < end; ++i) {
+      sum += x.data<T>()[i];
+      const double expected = causal ? sum / (i - first + 1) : whole / (end - first);
+      if (!same(mean.data<T>()[i], T(expected))) wrong("set_means");
+    }
+    sum = whole = 0;
+    for (int64_t i = end; i-- > first;) whole += x.data<T>()[i];
+    for (int64_t i = end; i-- > first;) {
+      sum += double(x.data<T>()[i]) / (i - first + 1);
+      if (!same(back.data<T>()[i], T(causal ? sum : whole / (end - first)))) wrong("set_means_backward");
     }
   }
 }
@@ -237,7 +336,7 @@ void norm(Bytes& in) {
 
 void run_target(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  switch (in.byte() % 11) {
+  switch (in.byte() % 19) {
     case 0:
     case 1: return knn_of<float>(in, Dtype::Float);
     case 2: return knn_of<double>(in, Dtype::Double);
@@ -248,6 +347,14 @@ void run_target(const uint8_t* data, size_t size) {
     case 7: return norm(in);
     case 8: return drift(in);
     case 9: return quantized(in);
-    default: return density(in);
+    case 10: return density(in);
+    case 11: return knn_of<float>(in, Dtype::Float, 9);  // by products
+    case 12: return knn_of<double>(in, Dtype::Double, 9);
+    case 13: return knn_backward<float>(in, Dtype::Float);
+    case 14: return knn_backward<double>(in, Dtype::Double);
+    case 15: return farthest<float>(in, Dtype::Float);
+    case 16: return farthest<double>(in, Dtype::Double);
+    case 17: return means<float>(in, Dtype::Float);
+    default: return means<double>(in, Dtype::Double);
   }
 }

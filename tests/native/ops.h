@@ -20,6 +20,7 @@ F* op(const char* name) {
 
 using Knn = Pair(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, bool, bool, int64_t, const Maybe&,
                  const Maybe&, std::optional<double>, bool);
+using KnnBackward = Pair(const Tensor&, const Tensor&, const Maybe&, const Tensor&, bool, bool, bool);
 using KnnIndex = int64_t(const Tensor&, const Maybe&, const Maybe&);
 using KnnForget = void(int64_t);
 using Gather = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,

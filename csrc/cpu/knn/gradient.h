@@ -25,7 +25,7 @@ struct Gradient {
 
 namespace dfn {
 
-// What the queries [begin, end) give, one after another. -> whether all indices are below N
+// What the queries [begin, end) give, one after another. -> whether all indices are -1 or of a point
 DFN_DECLARE_ISA(bool knn_gradient(const knn::Gradient<float>& g, int64_t begin, int64_t end);
                 bool knn_gradient(const knn::Gradient<double>& g, int64_t begin, int64_t end))
 

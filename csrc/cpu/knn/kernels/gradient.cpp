@@ -17,9 +17,8 @@ bool add(const knn::Gradient<T>& g, int64_t begin, int64_t end, T* __restrict ow
     for (int64_t a = 0; a < dims; ++a) own[a] = 0;
     for (int64_t s = 0; s < g.k; ++s) {
       const int64_t j = index[s];
-      if (j < 0) continue;
-      if (j >= g.N) {
-        valid = false;
+      if (j < 0 || j >= g.N) {
+        valid = valid && j == -1;
         continue;
       }
       const T one = grad[s * g.grad_column];
