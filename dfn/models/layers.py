@@ -205,7 +205,8 @@ class DynamicFlowAttention(nn.Module):
     For ablations: without ``flow``, W_f and b_f are 0 and stay so; without ``receiver_drift``, o is 0 and stays so;
     without ``receiver_flow`` there is no W_r, without ``salience`` no u; without ``normalize`` it reads the weighted
     sum instead of the mean. Without ``bias`` there are no b_f and b_v; ``semantic`` as in `recommended_heads`;
-    ``sigma`` multiplies the widths at the start.
+    ``sigma`` multiplies the widths at the start. ``dropout``: the share of the entities, others for each head, whose
+    influence is e^-8 of what it would be in training, so that a head must read from their neighbours.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence=None, lengths=None, memory=None, ptr=None)`` gives
     ``(y [B, N, d], Drift)``; ``ptr`` as in `DFNBlock`. The entities of a memory are neighbours like any other, visible
@@ -217,11 +218,14 @@ class DynamicFlowAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, pos_dim: int = 3, k: int = 16, *, causal: bool = False,
                  flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True, salience: bool = True,
-                 normalize: bool = True, bias: bool = True, semantic: int | None = None,
-                 sigma: float = 1.0):  # fmt: skip
+                 normalize: bool = True, bias: bool = True, semantic: int | None = None, sigma: float = 1.0,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
         check_shape("DynamicFlowAttention", dim, heads, pos_dim, k)
         self.dim, self.heads, self.pos_dim, self.k, self.causal = dim, heads, pos_dim, k, causal
+        if not 0 <= dropout < 1:
+            raise ValueError(f"DynamicFlowAttention: dropout must be at least 0 and below 1, got {dropout}")
+        self.dropout = dropout
         if not 0 < sigma < math.inf:
             raise ValueError(f"DynamicFlowAttention: sigma must be positive and finite, got {sigma}")
         self.normalize, start = normalize, recommended_heads(heads, semantic)
@@ -258,10 +262,16 @@ class DynamicFlowAttention(nn.Module):
 
     def influence(self, states: Tensor, given: Tensor | None = None) -> Tensor | None:
         """What entities weigh, ``given [B, N]`` times ``exp(u s)``: ``[B, H, N]``; without u the given influence."""
-        if self.salience is None:
+        dropped = self.training and self.dropout > 0
+        if self.salience is None and not dropped:
             return given
-        learned = self.log_influence(states).exp().transpose(1, 2)
-        return learned if given is None else learned * given.to(learned.dtype)[:, None]
+        if self.salience is None:
+            weight = states.new_ones(states.shape[0], self.heads, states.shape[1])
+        else:
+            weight = self.log_influence(states).exp().transpose(1, 2)
+        if dropped:  # not to 0: where none of the k is left, all count as much as they would
+            weight = torch.where(torch.rand_like(weight) < self.dropout, weight * math.exp(-LOUDEST), weight)
+        return weight if given is None else weight * given.to(weight.dtype)[:, None]
 
     def log_influence(self, states: Tensor) -> Tensor:
         """``u s``, held between -8 and 8: ``[.., d] -> [.., H]``."""
@@ -312,7 +322,8 @@ class DFNBlock(nn.Module):
             they are worth.
         mlp: "swiglu", or "gelu", 2 d wide and of as many weights. norm: "rms" or "layer". bias: of all linear maps and
             the LayerNorm. output_scale: what the weights of the two maps that are added to the states are multiplied by
-            at the start. dropout: the share of what is added that is left out in training.
+            at the start. dropout: the share of what is added that is left out in training. attention_dropout: the
+            share of the entities that a head hardly hears in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None,
@@ -326,7 +337,7 @@ class DFNBlock(nn.Module):
                  norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True,
                  salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "swiglu",
                  norm: str = "rms", bias: bool = False, output_scale: float = 1.0, dropout: float = 0.0,
-                 semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
+                 attention_dropout: float = 0.0, semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
         for name, value, known in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("layer", "rms"))):
@@ -336,7 +347,7 @@ class DFNBlock(nn.Module):
         self.attention = DynamicFlowAttention(
             dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift,
             receiver_flow=receiver_flow, salience=salience, normalize=normalize, bias=bias, semantic=semantic,
-            sigma=sigma,
+            sigma=sigma, dropout=attention_dropout,
         )  # fmt: skip
         self.out = nn.Linear(dim, dim, bias=False)
         if mlp == "gelu":

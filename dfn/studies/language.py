@@ -1,7 +1,8 @@
 """Language: bits per byte of a Dynamic Flow Network beside Transformers, at equal parameters and equal bytes.
 
 Every model has its own best learning rate of a small grid, chosen on the first seed; the others repeat it with that.
-``--corpus`` takes a part of the training bytes only, which is then seen again and again; ``--dropout`` is against that.
+``--corpus`` takes a part of the training bytes only, which is then seen again and again; ``--dropout`` and
+``--attention-dropout`` are against that.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=positive, help="train on the first so many bytes only (default: all)")
     parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
     add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
-              weight_decay=0.01, dropout=0.0, seed=0)  # fmt: skip
+              weight_decay=0.01, dropout=0.0, attention_dropout=0.0, seed=0)  # fmt: skip
 
 
 def dfn_config(arguments: argparse.Namespace) -> dict:
@@ -37,7 +38,8 @@ def dfn_config(arguments: argparse.Namespace) -> dict:
 
 def run(arguments: argparse.Namespace) -> dict:
     use_threads(arguments)
-    if arguments.dropout and "flownetwork" in arguments.models:
+    dropouts = dict(dropout=arguments.dropout, attention_dropout=arguments.attention_dropout)
+    if any(dropouts.values()) and "flownetwork" in arguments.models:
         raise UsageError("flownetwork has no dropout: name other --models")
     split = split_by_content(arguments.data)
     split = split._replace(train=split.train[: arguments.corpus])
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
     def compute(kind: str, rate: float, seed: int) -> dict:
         options = options_of(arguments, lr=rate, seed=seed)
-        build = lambda: contender(kind, config, options.length, dropout=arguments.dropout)  # noqa: E731
+        build = lambda: contender(kind, config, options.length, **dropouts)  # noqa: E731
         judge = lambda model: float(bits_by_place(model, judged, options.length).mean())  # noqa: E731
         task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
         cell = lambda folder: study.trained(task, options, folder)[1]  # noqa: E731
@@ -84,7 +86,8 @@ def table(found: dict) -> str:
     head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn",
             *(["best on the way"] if again else []), "seconds"]  # fmt: skip
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
-    said += f"; dropout {o['dropout']:g}" if o.get("dropout") else ""
+    for name in ("dropout", "attention_dropout"):
+        said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
     return "\n\n".join([
         f"# Language, {o['parameters']} parameters",
         f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "

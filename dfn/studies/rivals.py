@@ -20,11 +20,12 @@ class Transformer(nn.Module):
     """The plain one: pre-norm, GELU, learned positions, biases.
 
     Its MLP is ``hidden`` wide; with 2 d, the default, a layer has 8 d^2 weights like a `DFNBlock`. N is at most
-    ``max_length``. ``dropout``: of what is embedded and of what each half of a block adds, as in a `DFNBlock`.
+    ``max_length``. ``dropout``: of what is embedded and of what each half of a block adds, as in a `DFNBlock`;
+    ``attention_dropout``: of attention's weights.
     """
 
     def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, max_length: int = 256,
-                 hidden: int | None = None, dropout: float = 0.0):  # fmt: skip
+                 hidden: int | None = None, dropout: float = 0.0, attention_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.embed, self.place = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
@@ -34,7 +35,8 @@ class Transformer(nn.Module):
             nn.TransformerEncoderLayer(dim, heads, hidden or 2 * dim, **options) for _ in range(layers)
         )
         for block in self.blocks:
-            block.dropout1.p = block.dropout2.p = dropout  # of what is added, not of attention's weights
+            block.dropout1.p = block.dropout2.p = dropout  # of what is added
+            block.self_attn.dropout = attention_dropout
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
 
     def forward(self, ids: Tensor, memory: None = None) -> tuple[Tensor, None]:
@@ -49,16 +51,16 @@ class Transformer(nn.Module):
 class RotaryAttention(nn.Module):
     """Causal attention over H heads whose queries and keys are rotated by their place (RoPE), without biases.
 
-    ``window``: a query sees itself and the ``window - 1`` places before it; None sees all.
+    ``window``: a query sees itself and the ``window - 1`` places before it; None sees all. ``dropout``: of the weights.
 
     Source: Su et al., RoFormer (2021), equation (34), in the layout of two halves.
     """
 
-    def __init__(self, dim: int, heads: int, window: int | None = None):
+    def __init__(self, dim: int, heads: int, window: int | None = None, dropout: float = 0.0):
         super().__init__()
         if dim % (2 * heads):
             raise ValueError(f"RotaryAttention: dim must be a multiple of 2 heads, got {dim} and {heads}")
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.dropout = heads, window, dropout
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         rates = 10000.0 ** (-torch.arange(0, dim // heads, 2) / (dim // heads))
         self.register_buffer("rates", rates, persistent=False)
@@ -66,17 +68,17 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         N = x.shape[1]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        places = torch.arange(N, device=x.device)
+        places, dropout = torch.arange(N, device=x.device), self.dropout if self.training else 0.0
         angles = places[:, None] * self.rates
         q, k = (rotated(z, angles.cos(), angles.sin()) for z in (q, k))
         if self.window is None or self.window >= N:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
-            y = windowed_attention(q, k, v, self.window)
+            y = windowed_attention(q, k, v, self.window, dropout)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention of each row to itself and the ``window - 1`` rows before it, ``[.., N, c]``.
 
     In blocks of ``window`` rows, each of which sees itself and the block before: memory grows as N window.
@@ -88,7 +90,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     back = row + window - torch.arange(2 * window, device=q.device)
     seen = ((back >= 0) & (back < window)).expand(q.shape[-3], -1, -1).clone()
     seen[0, :, :window] = False  # nothing lies before the first block
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(-3, -2)[..., :N, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout).flatten(-3, -2)[..., :N, :]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -99,17 +101,18 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TransformerPlus(nn.Module):
     """Transformer++: RoPE, RMSNorm, SwiGLU, no biases; output maps of a block start smaller by the root of 2 layers.
 
-    ``window``: attention sees so many places, see `RotaryAttention`. ``dropout``: as in `Transformer`. Any length.
+    ``window``: attention sees so many places, see `RotaryAttention`. ``dropout``, ``attention_dropout``: as in
+    `Transformer`. Any length.
     """
 
     def __init__(self, vocab_size: int = 256, dim: int = 96, layers: int = 4, heads: int = 4, hidden: int | None = None,
-                 window: int | None = None, dropout: float = 0.0):  # fmt: skip
+                 window: int | None = None, dropout: float = 0.0, attention_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         hidden = hidden or round(8 * dim / 3)
         self.embed = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
-            nn.ModuleList([nn.RMSNorm(dim, eps=1e-6), RotaryAttention(dim, heads, window),
+            nn.ModuleList([nn.RMSNorm(dim, eps=1e-6), RotaryAttention(dim, heads, window, attention_dropout),
                            nn.RMSNorm(dim, eps=1e-6), GatedMLP(dim, hidden, dim)])
             for _ in range(layers)
         )  # fmt: skip
@@ -150,7 +153,7 @@ def even(x: float, multiple: int) -> int:
 
 
 def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, heads: int = 4, dim: int | None = None,
-          layers: int | None = None, dropout: float = 0.0) -> nn.Module:  # fmt: skip
+          layers: int | None = None, dropout: float = 0.0, attention_dropout: float = 0.0) -> nn.Module:  # fmt: skip
     """A model of ``kind`` with ``parameters`` (within 2 %), of usual proportions, for sequences of ``length``.
 
     "transformer++" and "window" (of length / 4): 2 layers to 0.2M parameters, 4 to 4M, 6 beyond, d from 12 layers d^2
@@ -161,8 +164,9 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
     """
     if kind not in RIVALS:
         raise ValueError(f"rival: kind must be one of {', '.join(RIVALS)}, got {kind!r}")
-    if dropout and kind == "flownetwork":
-        raise ValueError(f"rival: dropout must be 0 for flownetwork, which has none, got {dropout}")
+    if (dropout or attention_dropout) and kind == "flownetwork":
+        raise ValueError(f"rival: dropout must be 0 for flownetwork, which has none, got {dropout or attention_dropout}")
+    dropouts = dict(dropout=dropout, attention_dropout=attention_dropout)
     layers = layers or (2 if parameters < 200_000 else 4 if parameters < 4_000_000 else 6)
     per_layer = {"transformer": 8, "flownetwork": 10}.get(kind, 12)
     if dim is None:  # layers * per_layer * d^2 + tables * V * d = parameters
@@ -170,9 +174,9 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
         a = layers * per_layer
         dim = even((math.sqrt(tables**2 + 4 * a * parameters) - tables) / (2 * a), 8 * heads)
     build = {
-        "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, None, dropout),
-        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4), dropout),
-        "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden, dropout),
+        "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, None, **dropouts),
+        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4), **dropouts),
+        "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden, **dropouts),
         "flownetwork": lambda rank: FlowNetworkLogits(vocab_size, dim, layers, length, rank),
     }[kind]
     return fitted(build, parameters)
@@ -194,11 +198,14 @@ class FlowNetworkLogits(nn.Module):
         return self.network(ids)[0], None
 
 
-def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False, dropout: float = 0.0) -> nn.Module:
+def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False, dropout: float = 0.0,
+              attention_dropout: float = 0.0) -> nn.Module:  # fmt: skip
     """ "dfn" with the arguments ``dfn``, or a rival with as many parameters; ``same_shape``: as many layers, same d."""
     if kind == "dfn":
-        return DFNLanguageModel(**dfn, **({"block_options": {"dropout": dropout}} if dropout else {}))
+        options = dict(dropout=dropout, attention_dropout=attention_dropout)
+        return DFNLanguageModel(**dfn, **({"block_options": options} if any(options.values()) else {}))
     with torch.device("meta"):
         parameters = count_parameters(DFNLanguageModel(**dfn))
     shape = {name: dfn[name] for name in ("dim", "layers")} if same_shape else {}
-    return rival(kind, parameters, length, dfn.get("vocab_size", 256), dropout=dropout, **shape)
+    return rival(kind, parameters, length, dfn.get("vocab_size", 256), dropout=dropout,
+                 attention_dropout=attention_dropout, **shape)  # fmt: skip

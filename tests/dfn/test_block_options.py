@@ -9,7 +9,14 @@ from torch import nn
 from dfn.models.decoding import Decoder
 from dfn.models.feedforward import GatedMLP
 from dfn.models.language import DFNLanguageModel
-from dfn.models.layers import FIRST_BLOCK, DFNBlock, EntityPositions, count_parameters, recommended_heads
+from dfn.models.layers import (
+    FIRST_BLOCK,
+    DFNBlock,
+    DynamicFlowAttention,
+    EntityPositions,
+    count_parameters,
+    recommended_heads,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(vocab_size=19, dim=20, layers=2, heads=4, pos_dim=2, k=5)
@@ -58,8 +65,8 @@ def test_sums_do_not_generate():
 
 
 def test_defaults():
-    explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, semantic=None, sigma=1.0,
-                    normalize=True, receiver_flow=True, salience=True)  # fmt: skip
+    explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, attention_dropout=0.0, semantic=None,
+                    sigma=1.0, normalize=True, receiver_flow=True, salience=True)  # fmt: skip
     ids = torch.randint(19, (1, 9))
     assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
 
@@ -117,6 +124,40 @@ def test_heads_at_the_start():
         recommended_heads(4, 4)
     wide = DFNBlock(8, sigma=2.0).attention.log_sigma.exp()
     torch.testing.assert_close(wide, torch.tensor([2.0, 4.0, 4.0, 0.8]))
+
+
+@pytest.mark.parametrize("salience", [True, False])
+def test_attention_dropout(salience):
+    """In training only: a share of the influence is next to nothing, other entities in every head and every time."""
+    attention = DynamicFlowAttention(8, 4, dropout=0.3, salience=salience)
+    s, given = torch.randn(2, 500, 8), torch.rand(2, 500) + 0.5
+    with torch.no_grad():
+        heard = attention.influence(s, given)
+        again = attention.influence(s, given)
+        attention.eval()
+        whole = attention.influence(s, given)
+    whole = given[:, None].expand(-1, 4, -1) if not salience else whole  # with none learned, what was given
+    quiet = heard < whole / 2
+    torch.testing.assert_close(heard, torch.where(quiet, whole * math.exp(-8), whole))
+    assert abs(float(quiet.double().mean()) - 0.3) < 4 * math.sqrt(0.21 / 4000)
+    assert not torch.equal(heard, again) and not torch.equal(quiet[:, 0], quiet[:, 1])
+    one, ids = model(attention_dropout=0.4), torch.randint(19, (2, 11))
+    assert not torch.equal(one(ids)[0], one(ids)[0]) and torch.equal(one.eval()(ids)[0], model()(ids)[0])
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"dropout must be at least 0 and below 1, got {wrong}"):
+            DynamicFlowAttention(8, dropout=wrong)
+
+
+def test_number():
+    """When tokens come: the usual numbers give the usual logits, only how far apart they are counts, and it counts."""
+    one, ids, usual = model(), torch.randint(19, (3, 23)), torch.arange(23).expand(3, -1)
+    logits = one(ids)[0]
+    assert torch.equal(one(ids, number=usual)[0], logits)
+    torch.testing.assert_close(one(ids, number=usual + 64)[0], logits, rtol=1e-3, atol=1e-3)
+    skipped = one(ids, number=usual + 1000 * (usual >= 7))[0]
+    assert torch.equal(skipped[:, :7], logits[:, :7]) and not torch.allclose(skipped[:, 7:], logits[:, 7:], atol=1e-2)
+    with pytest.raises(ValueError, match="number must be None with a memory"):
+        DFNLanguageModel(**SIZES, memory_size=4)(ids, number=usual)
 
 
 def test_dropout():

@@ -55,14 +55,17 @@ def test_equal_parameters(kind, size):
 @pytest.mark.parametrize("kind", ["dfn", "transformer++", "window", "transformer"])
 def test_dropout(kind):
     """In training it changes what comes out; trained or not, it costs no parameter and leaves judging as it is."""
-    build = lambda share: contender(kind, DFN, 16, dropout=share)  # noqa: E731
-    plain, model, ids = build(0.0), build(0.5), torch.randint(37, (2, 16))
-    model.load_state_dict(plain.state_dict())
-    with torch.no_grad():
-        assert not torch.allclose(model(ids)[0], model(ids)[0]) and torch.equal(plain(ids)[0], plain(ids)[0])
-        assert torch.equal(model.eval()(ids)[0], plain.eval()(ids)[0])
-        added = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
-    assert added.count(0.5) >= 1 + (2 if kind == "transformer" else 0)
+    build = lambda **share: contender(kind, DFN, 16, **share)  # noqa: E731
+    plain, ids = build(), torch.randint(37, (2, 16))
+    for name in ("dropout", "attention_dropout"):
+        model = build(**{name: 0.5})
+        model.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            assert not torch.allclose(model(ids)[0], model(ids)[0]) and torch.equal(plain(ids)[0], plain(ids)[0])
+            torch.testing.assert_close(model.eval()(ids)[0], plain.eval()(ids)[0])
+            plain.train()
+        added = [m.p for m in model.modules() if isinstance(m, nn.Dropout)].count(0.5)
+        assert added >= 1 + (2 if kind == "transformer" else 0) if name == "dropout" else added == 0
 
 
 def test_same_shape():
@@ -77,8 +80,9 @@ def test_what_cannot_be_fitted():
         rival("rnn", 1000, 8)
     with pytest.raises(ValueError, match="dim must be a multiple of 2 heads, got 12 and 4"):
         RotaryAttention(12, 4)
-    with pytest.raises(ValueError, match="dropout must be 0 for flownetwork, which has none, got 0.1"):
-        contender("flownetwork", DFN, 16, dropout=0.1)
+    for name in ("dropout", "attention_dropout"):
+        with pytest.raises(ValueError, match="dropout must be 0 for flownetwork, which has none, got 0.1"):
+            contender("flownetwork", DFN, 16, **{name: 0.1})
 
 
 def naive(module, x, window):

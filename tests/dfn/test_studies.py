@@ -95,8 +95,8 @@ def test_few_bytes_seen_again(text, tmp_path, capsys):
     assert study(*of_language(text, tmp_path / "a"), *few) == 0
     assert study(*of_language(text, tmp_path / "a"), *few, "--dropout", 0.1) == 2
     assert "holds a study with other options" in capsys.readouterr().err
-    assert study(*of_language(text, tmp_path / "b"), *few, "--dropout", 0.1) == 0
-    assert "times the training bytes; dropout 0.1" in (tmp_path / "b" / "study.md").read_text()
+    assert study(*of_language(text, tmp_path / "b"), *few, "--dropout", 0.1, "--attention-dropout", 0.2) == 0
+    assert "times the training bytes; dropout 0.1; attention dropout 0.2" in (tmp_path / "b" / "study.md").read_text()
     assert load(tmp_path / "b")["cells"]["dfn/0.01/0"]["value"] != found["cells"]["dfn/0.01/0"]["value"]
     assert study(*of_language(text, tmp_path / "c"), "--dropout", 0.1) == 2
     assert "flownetwork has no dropout" in capsys.readouterr().err
@@ -154,7 +154,11 @@ def test_length(text, tmp_path):
                  "--rows", 2, "--seeds", 1, "--memory-size", 4, "--out", tmp_path, *COMMON]  # fmt: skip
     assert study(*arguments) == 0
     found = is_whole(tmp_path)
-    assert len(found["cells"]) == 4 + 6  # both DFN with a memory, too, find needles
+    assert len(found["cells"]) == 5 + 7  # two of the DFN with a memory, too, find needles
+    cells = found["cells"]
+    for task in ("text", "needle"):  # the same model, trained otherwise
+        one, skips = cells[f"{task}/dfn/0.006/0"], cells[f"{task}/skips/0.006/0"]
+        assert one["parameters"] == skips["parameters"] and one["training_loss"] != skips["training_loss"]
     for key, c in found["cells"].items():
         if key.startswith("text"):
             assert list(c["by_length"]) == ["16", "32", "64"]
@@ -165,7 +169,7 @@ def test_length(text, tmp_path):
     assert "judged on 4, 2, 2, 2 of them" in (tmp_path / "study.md").read_text()
     few = ["--tasks", "needle", "--models", "window", "--rates", 6e-3, 1e-3]
     assert study(*arguments, *few) == 0  # another rate is added to what is there
-    assert len(is_whole(tmp_path)["cells"]) == 11
+    assert len(is_whole(tmp_path)["cells"]) == 13
 
 
 def test_semantic_heads():
