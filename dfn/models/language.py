@@ -36,12 +36,12 @@ class DFNLanguageModel(nn.Module):
             ``output_scale`` is ``(2 layers)^-1/2``. `FIRST_BLOCK` are those of models saved before December 2026.
 
     Call: ``(ids int64 [B, N], memory=None, ptr=None, number=None)`` gives ``(logits [B, N, V], memory)``.
-    ``logits[:, i]`` depend on ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
-    returned `MemoryState`, detached, is for the next segment (None with ``memory_size=0``). ``ptr``, int64 ``[S + 1]``,
-    are the offsets of S documents packed along N, ascending from 0 to N: each gets the logits it would get alone, its
-    time begins with it. A memory belongs to one text, so a model that has one takes no ``ptr``. ``number``, int64
-    ``[B, N]``, ascending in a row: when the tokens come, instead of at 0, 1, ..; see `time_skips`. With a memory time
-    goes on by itself.
+    ``logits[:, i]`` depend on ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them.
+    None is an empty memory; the returned `MemoryState`, detached, is for the next segment (None with
+    ``memory_size=0``). ``ptr``, int64 ``[S + 1]``, are the offsets of S documents packed along N, ascending from 0 to
+    N: each gets the logits it would get alone, its time begins with it. A memory belongs to one text, so a model that
+    has one takes no ``ptr``. ``number``, int64 ``[B, N]``, ascending in a row: when the tokens come, instead of at 0,
+    1, ..; see `time_skips`. With a memory time goes on by itself.
 
     Raises: ValueError (sizes, a memory of other sizes or for a model without one), TypeError (not a MemoryState).
     """

@@ -165,8 +165,9 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
     if kind not in RIVALS:
         raise ValueError(f"rival: kind must be one of {', '.join(RIVALS)}, got {kind!r}")
     if (dropout or attention_dropout) and kind == "flownetwork":
-        raise ValueError(f"rival: dropout must be 0 for flownetwork, which has none, got {dropout or attention_dropout}")
-    dropouts = dict(dropout=dropout, attention_dropout=attention_dropout)
+        given = dropout or attention_dropout
+        raise ValueError(f"rival: dropout must be 0 for flownetwork, which has none, got {given}")
+    dropouts, window = dict(dropout=dropout, attention_dropout=attention_dropout), max(1, length // 4)
     layers = layers or (2 if parameters < 200_000 else 4 if parameters < 4_000_000 else 6)
     per_layer = {"transformer": 8, "flownetwork": 10}.get(kind, 12)
     if dim is None:  # layers * per_layer * d^2 + tables * V * d = parameters
@@ -175,7 +176,7 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
         dim = even((math.sqrt(tables**2 + 4 * a * parameters) - tables) / (2 * a), 8 * heads)
     build = {
         "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, None, **dropouts),
-        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, max(1, length // 4), **dropouts),
+        "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, window, **dropouts),
         "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden, **dropouts),
         "flownetwork": lambda rank: FlowNetworkLogits(vocab_size, dim, layers, length, rank),
     }[kind]

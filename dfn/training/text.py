@@ -154,8 +154,8 @@ def _windows(data, batch, length, generator) -> Iterator[tuple[Tensor, Tensor, T
 def time_skips(
     batch: int, length: int, share: float, generator: torch.Generator | None = None, farthest: int = FARTHEST
 ) -> Tensor:
-    """When the tokens of rows come, int64 ``[batch, length]``: 0, 1, .., but in a ``share`` of the rows time skips ahead
-    at a random place, by 1 to ``farthest`` tokens, evenly on a scale of logarithms.
+    """When the tokens of rows come, int64 ``[batch, length]``: at 0, 1, .., but in a ``share`` of the rows time skips
+    ahead at a random place, by 1 to ``farthest`` tokens, evenly on a scale of logarithms.
 
     To a model trained so (``number`` of `DFNLanguageModel`) what comes before that place lies as far back as in a long
     row, and what it learns to find there it also finds in one. Source: Zhu et al., PoSE: efficient context window

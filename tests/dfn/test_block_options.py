@@ -65,8 +65,8 @@ def test_sums_do_not_generate():
 
 
 def test_defaults():
-    explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, attention_dropout=0.0, semantic=None,
-                    sigma=1.0, normalize=True, receiver_flow=True, salience=True)  # fmt: skip
+    explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, attention_dropout=0.0,
+                    semantic=None, sigma=1.0, normalize=True, receiver_flow=True, salience=True)  # fmt: skip
     ids = torch.randint(19, (1, 9))
     assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
 
