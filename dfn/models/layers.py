@@ -391,7 +391,7 @@ class FlowMixer(nn.Module):
     ``grid``, for pictures: the sizes of the axes whose cells, row-major, are the N rows of x: neighbours are then those
     in the picture, a padded cell leaves the others where they are, and with ``ptr`` a grid begins with each sequence.
     Where something lies in the picture the mixer does not say: a classifier wants position embeddings added to x, as
-    with self-attention.
+    with self-attention. ``dropout``: as in `DynamicFlowAttention`.
 
     It has the attributes and the call of `nn.MultiheadAttention` with ``batch_first=True``, so that it can be the
     ``self_attn`` of an `nn.TransformerEncoderLayer`, ::
@@ -404,15 +404,15 @@ class FlowMixer(nn.Module):
     when it is made; ``attn_mask`` may say the same, and nothing else.
     """
 
-    batch_first, dropout, in_proj_bias, _qkv_same_embed_dim = True, 0.0, None, True  # asked for by those modules
+    batch_first, in_proj_bias, _qkv_same_embed_dim = True, None, True  # asked for by those modules
 
     def __init__(self, d_model: int, heads: int = 4, k: int = 16, causal: bool = True, *, pos_dim: int = 3,
-                 grid: tuple[int, ...] | None = None):  # fmt: skip
+                 grid: tuple[int, ...] | None = None, dropout: float = 0.0):  # fmt: skip
         super().__init__()
         check_shape("FlowMixer", d_model, heads, pos_dim, k, "d_model")
-        self.embed_dim, self.num_heads = d_model, heads
+        self.embed_dim, self.num_heads, self.dropout = d_model, heads, dropout
         self.positions = EntityPositions(d_model, heads, pos_dim, grid=grid)
-        self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal)
+        self.attention = DynamicFlowAttention(d_model, heads, pos_dim, k, causal=causal, dropout=dropout)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(

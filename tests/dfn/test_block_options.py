@@ -14,6 +14,7 @@ from dfn.models.layers import (
     DFNBlock,
     DynamicFlowAttention,
     EntityPositions,
+    FlowMixer,
     count_parameters,
     recommended_heads,
 )
@@ -141,6 +142,8 @@ def test_attention_dropout(salience):
     torch.testing.assert_close(heard, torch.where(quiet, whole * math.exp(-8), whole))
     assert abs(float(quiet.double().mean()) - 0.3) < 4 * math.sqrt(0.21 / 4000)
     assert not torch.equal(heard, again) and not torch.equal(quiet[:, 0], quiet[:, 1])
+    mixer, x = FlowMixer(8, dropout=0.4), torch.randn(1, 30, 8)
+    assert mixer.dropout == 0.4 and not torch.equal(mixer(x), mixer(x)) and torch.equal(mixer.eval()(x), mixer(x))
     one, ids = model(attention_dropout=0.4), torch.randint(19, (2, 11))
     assert not torch.equal(one(ids)[0], one(ids)[0]) and torch.equal(one.eval()(ids)[0], model()(ids)[0])
     for wrong in (-0.1, 1.0):
