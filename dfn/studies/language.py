@@ -86,7 +86,7 @@ def table(found: dict) -> str:
     head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn",
             *(["best on the way"] if again else []), "seconds"]  # fmt: skip
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
-    for name in ("dropout", "attention_dropout"):
+    for name in ("dropout", "attention_dropout", "weight_decay"):
         said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
     return "\n\n".join([
         f"# Language, {o['parameters']} parameters",
