@@ -35,13 +35,11 @@ class DFNLanguageModel(nn.Module):
             ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too; without it
             ``output_scale`` is ``(2 layers)^-1/2``. `FIRST_BLOCK` are those of models saved before December 2026.
 
-    Call: ``(ids int64 [B, N], memory=None, ptr=None, number=None)`` gives ``(logits [B, N, V], memory)``.
-    ``logits[:, i]`` depend on ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them.
-    None is an empty memory; the returned `MemoryState`, detached, is for the next segment (None with
-    ``memory_size=0``). ``ptr``, int64 ``[S + 1]``, are the offsets of S documents packed along N, ascending from 0 to
-    N: each gets the logits it would get alone, its time begins with it. A memory belongs to one text, so a model that
-    has one takes no ``ptr``. ``number``, int64 ``[B, N]``, ascending in a row: when the tokens come, instead of at 0,
-    1, ..; see `time_skips`. With a memory time goes on by itself.
+    Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
+    ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
+    returned `MemoryState`, detached, is for the next segment (None with ``memory_size=0``). ``ptr``, int64 ``[S + 1]``,
+    are the offsets of S documents packed along N, ascending from 0 to N: each gets the logits it would get alone, its
+    time begins with it. A memory belongs to one text, so a model that has one takes no ``ptr``.
 
     Raises: ValueError (sizes, a memory of other sizes or for a model without one), TypeError (not a MemoryState).
     """
@@ -68,15 +66,13 @@ class DFNLanguageModel(nn.Module):
             self.memory = PersistentFieldMemory(memory_size, dim, heads * pos_dim, merge_radius=0.02)
 
     def forward(
-        self, ids: Tensor, memory: MemoryState | None = None, ptr: Tensor | None = None, number: Tensor | None = None
+        self, ids: Tensor, memory: MemoryState | None = None, ptr: Tensor | None = None
     ) -> tuple[Tensor, MemoryState | None]:
         self.check_memory(memory)
-        if number is not None and self.memory is not None:
-            raise ValueError("DFNLanguageModel: number must be None with a memory, whose time goes on by itself")
         if ptr is not None and self.memory is not None:
             raise ValueError("DFNLanguageModel: ptr must be None with a memory, which belongs to one text")
         states = self.dropout(self.embed(ids))
-        positions = self.positions(states, ptr=ptr, number=number)
+        positions = self.positions(states, ptr=ptr)
         for block in self.blocks[:-1]:
             states, positions = block(states, positions, ptr=ptr)
         last = self.blocks[-1]

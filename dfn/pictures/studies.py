@@ -15,7 +15,6 @@ MODELS = {
     "transformer": (ORANGE, "D", "Transformer"),
     "flownetwork": (PURPLE, "v", "FlowNetwork"),
     "dfn, memory": (SKY, "P", "DFN with memory"),
-    "skips": (PURPLE, "D", "DFN, skips in time"),
     "semantic": (INK, "X", "DFN, two semantic heads"),
     "semantic, memory": (SOFT, "*", "two semantic heads, memory"),
 }

@@ -49,7 +49,6 @@ class Options:
     semantic: int = option(0, "heads without time, which find what lies far back (0: one in four)", 0)
     dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0, most=1)
     attention_dropout: float = option(0.0, "share of the entities that a head hardly hears in training", 0, most=0.99)
-    skip: float = option(0.0, "share of rows in which time skips ahead, so that what lies far back is found", 0, most=1)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps until lr is reached", 0)
     weight_decay: float = option(0.01, "how much AdamW shrinks the matrices in a step, times lr", 0)
@@ -106,9 +105,6 @@ class Options:
             raise UsageError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
         if self.memory_size and self.pack:
             raise UsageError("pack has no meaning with a memory: its rows are consecutive pieces of one text")
-        if self.skip and (self.memory_size or self.pack):
-            other = "a memory, whose time goes on by itself" if self.memory_size else "pack, whose files begin anew"
-            raise UsageError(f"skip has no meaning with {other}")
         if self.memory_size and self.accumulate > 1:
             raise UsageError(f"accumulate must be 1 with a memory, got {self.accumulate}")
 
@@ -120,4 +116,4 @@ class Options:
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
 OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "semantic",
-       "dropout", "attention_dropout", "skip")  # fmt: skip
+       "dropout", "attention_dropout")  # fmt: skip

@@ -16,7 +16,7 @@ from ..models.layers import FIRST_BLOCK, recommended_heads
 from ..models.memory import MemoryState
 from ..training.batches import map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
-from ..training.text import Corpus, batches, load_corpus, packed_batches, time_skips
+from ..training.text import Corpus, batches, load_corpus, packed_batches
 from ..training.trainer import language_model_loss
 from . import bits, digits, joint
 from .crops import FREQUENCIES, channels_of, load_crops, mean_error, sampler_of
@@ -114,7 +114,7 @@ class Text(Task):
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
     own = ("data", "length", "memory_size", "pack", "without", "block", "semantic", "dropout",
-           "attention_dropout", "skip")  # fmt: skip
+           "attention_dropout")  # fmt: skip
     unit, counted, partial = "bits", "bytes", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
     words = {
@@ -156,8 +156,7 @@ class Text(Task):
             if o.pack:
                 ptr = self.corpus.held_out_ptr if held_out else self.corpus.train_ptr
                 return next(packed_batches(text, ptr, o.batch, min(o.length, len(text) - 1), generator))
-            rows = next(batches(text, o.batch, min(o.length, len(text) - 1), generator))
-            return rows if held_out or not o.skip else (*rows, time_skips(*rows[0].shape, o.skip, generator))
+            return next(batches(text, o.batch, min(o.length, len(text) - 1), generator))
         stride = (len(self.corpus.train) - 1) // o.batch
         if stride < o.length:
             raise UsageError(f"length must be at most {stride}, the text's bytes in a row, got {o.length}")
@@ -171,9 +170,6 @@ class Text(Task):
         return window[:, :-1], window[:, 1:]
 
     def loss(self, model, batch):
-        if model.training and self.options.skip:
-            ids, targets, number = batch
-            return language_modelling(model(ids, number=number)[0], targets)
         if not (model.training and self.options.memory_size):
             return language_model_loss(model, batch)
         logits, self.memory = model(batch[0], self.memory)

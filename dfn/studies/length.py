@@ -14,17 +14,13 @@ from torch import Tensor, nn
 
 from ..runs.options import Options
 from ..runs.tasks import Task
-from ..training.losses import language_modelling
-from ..training.text import time_skips
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .language import SIZES
 from .rivals import contender
 from .sources import SplitText, bits_by_place, split_by_content
 
-# In the second two of four heads are without time, where the recommended block has one; the third is trained on rows in
-# most of which time skips ahead.
-DFNS = {"dfn": {}, "semantic": dict(block_options=dict(semantic=2)), "skips": {}}
-SKIP = 0.9  # of the rows
+# Of four heads two are without time, where the recommended block has one.
+DFNS = {"dfn": {}, "semantic": dict(block_options=dict(semantic=2))}
 MODELS = (*DFNS, "transformer++", "window")  # the plain Transformer ends where it was trained
 REMEMBERS = ", memory"  # what the name of a DFN with a memory ends with
 TASKS = ("text", "needle")
@@ -74,24 +70,20 @@ class Needle(Task):
     def model(self) -> nn.Module:
         return self.build()
 
-    def batch(self, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, ...]:
-        o = self.options
-        rows = needle_batch(o.batch, o.length, self.span, generator=generator)
-        return (*rows, time_skips(o.batch, o.length, o.skip, generator)) if o.skip else rows
+    def batch(self, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        return needle_batch(self.options.batch, self.options.length, self.span, generator=generator)
 
-    def logits(self, model: nn.Module, ids: Tensor, number: Tensor | None = None) -> Tensor:
+    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Of the last ``span`` places."""
-        if number is not None:
-            return model(ids, number=number)[0][:, -self.span :]
         memory, N = None, ids.shape[1]
         segment = self.segment or N
         for piece in ids.split([N % segment or segment, *[segment] * ((N - 1) // segment)], 1):  # the last one whole
             logits, memory = model(piece, memory)
         return logits[:, -self.span :]
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        ids, targets, *number = batch
-        return language_modelling(self.logits(model, ids, *number), targets[:, -self.span :])
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = self.logits(model, batch[0])
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[1][:, -self.span :].flatten())
 
     def held_out_loss(self, model: nn.Module, batches: int = 256) -> float:
         """The share of symbols found at the length trained on."""
@@ -158,15 +150,15 @@ def run(arguments: argparse.Namespace) -> dict:
         if facts != split.facts(judged):
             raise ValueError(f"{arguments.out} holds a study of other data; another --out begins a new one")
 
-    def options(kind: str, rate: float, seed: int) -> Options:
-        return options_of(arguments, lr=rate, seed=seed, memory_size=0, skip=SKIP if kind == "skips" else 0.0)
+    def options(rate: float, seed: int) -> Options:
+        return options_of(arguments, lr=rate, seed=seed, memory_size=0)
 
     def text(kind: str, rate: float, seed: int) -> dict:
         def cell(folder) -> dict:
             build = lambda: model_of(kind, 256, arguments)  # noqa: E731
             judge = lambda model: float(bits_by_place(model, judged, arguments.length).mean())  # noqa: E731
             task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
-            model, result = (lambda r: (r[0].model, r[1]))(study.trained(task, options(kind, rate, seed), folder))
+            model, result = (lambda r: (r[0].model, r[1]))(study.trained(task, options(rate, seed), folder))
             places = bits_by_place(model, judged, judged_at[-1], rows=1)
             stretches = zip([0, *judged_at[:-1]], judged_at, strict=True)
             by_stretch = {str(end): float(places[start:end].mean()) for start, end in stretches}
@@ -181,7 +173,7 @@ def run(arguments: argparse.Namespace) -> dict:
         def cell(folder) -> dict:
             build = lambda: model_of(kind, TOKENS, arguments)  # noqa: E731
             trained, result = study.trained(
-                lambda o: Needle(o, build, arguments.span, segment), options(kind, rate, seed), folder
+                lambda o: Needle(o, build, arguments.span, segment), options(rate, seed), folder
             )
             by_distance = {}
             for length in [max(2 * arguments.span + 2, arguments.length // 8), *judged_at]:
@@ -194,7 +186,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
         return study.cell(f"needle/{kind}/{rate:g}/{seed}", cell)
 
-    remembering = [kind + REMEMBERS for kind in ("dfn", "semantic") if kind in arguments.models]
+    remembering = [kind + REMEMBERS for kind in DFNS if kind in arguments.models]
     with study.reported(table):
         for task, compute, more in (("text", text, []), ("needle", needle, remembering)):
             if task not in arguments.tasks:

@@ -19,7 +19,6 @@ from .progress import shown
 # Folders that some systems ship without the rest of the library, or that hold other people's packages.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 HELD_OUT = 20  # one file in so many is held out
-FARTHEST = 2**16  # that time skips
 
 
 @dataclass
@@ -149,22 +148,6 @@ def _windows(data, batch, length, generator) -> Iterator[tuple[Tensor, Tensor, T
         starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
         windows = data[starts + offsets].long()
         yield windows[:, :-1], windows[:, 1:], starts
-
-
-def time_skips(
-    batch: int, length: int, share: float, generator: torch.Generator | None = None, farthest: int = FARTHEST
-) -> Tensor:
-    """When the tokens of rows come, int64 ``[batch, length]``: at 0, 1, .., but in a ``share`` of the rows time skips
-    ahead at a random place, by 1 to ``farthest`` tokens, evenly on a scale of logarithms.
-
-    To a model trained so (``number`` of `DFNLanguageModel`) what comes before that place lies as far back as in a long
-    row, and what it learns to find there it also finds in one. Source: Zhu et al., PoSE: efficient context window
-    extension of LLMs via positional skip-wise training (2023).
-    """
-    exponent, chance = torch.rand(2, batch, 1, generator=generator, dtype=torch.float64)
-    skip = (float(farthest) ** exponent).long() * (chance < share)
-    place, places = torch.randint(1, max(2, length), (batch, 1), generator=generator), torch.arange(length)
-    return places + skip * (places >= place)
 
 
 def packed_batches(

@@ -151,18 +151,6 @@ def test_attention_dropout(salience):
             DynamicFlowAttention(8, dropout=wrong)
 
 
-def test_number():
-    """When tokens come: the usual numbers give the usual logits, only how far apart they are counts, and it counts."""
-    one, ids, usual = model(), torch.randint(19, (3, 23)), torch.arange(23).expand(3, -1)
-    logits = one(ids)[0]
-    assert torch.equal(one(ids, number=usual)[0], logits)
-    torch.testing.assert_close(one(ids, number=usual + 64)[0], logits, rtol=1e-3, atol=1e-3)
-    skipped = one(ids, number=usual + 1000 * (usual >= 7))[0]
-    assert torch.equal(skipped[:, :7], logits[:, :7]) and not torch.allclose(skipped[:, 7:], logits[:, 7:], atol=1e-2)
-    with pytest.raises(ValueError, match="number must be None with a memory"):
-        DFNLanguageModel(**SIZES, memory_size=4)(ids, number=usual)
-
-
 def test_dropout():
     """In training only, of what a block adds and of the embeddings; on average nothing changes."""
     one, ids = model(dropout=0.4), torch.randint(19, (2, 11))

@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from dfn.studies.recall import recall_batch
-from dfn.training.text import (
-    batches,
-    bigram_bits_per_byte,
-    compressed_bits_per_byte,
-    load_corpus,
-    segments,
-    time_skips,
-)
+from dfn.training.text import batches, bigram_bits_per_byte, compressed_bits_per_byte, load_corpus, segments
 
 
 def test_standard_library():
@@ -101,17 +94,3 @@ def test_recall_batch():
             assert wanted[i] == (pairs[row[i]] if i >= 16 and i % 2 == 0 else -100)
     with pytest.raises(ValueError, match="1 <= pairs <= keys < vocab_size"):
         recall_batch(1, 40)
-
-
-def test_time_skips():
-    """A share of the rows skips once, at any place, by as many orders of magnitude one as the other."""
-    number = time_skips(4000, 7, 0.9, torch.Generator().manual_seed(5), farthest=1000)
-    steps = number.diff(dim=1)
-    assert number.dtype == torch.int64 and (number[:, 0] == 0).all() and ((steps != 1).sum(1) <= 1).all()
-    skipped = steps.amax(1) > 1
-    assert abs(float(skipped.double().mean()) - 0.9) < 4 * math.sqrt(0.09 / 4000)
-    by = steps[skipped].amax(1) - 1
-    assert by.max() < 1000 and abs(float((by < 32).double().mean()) - math.log(32) / math.log(1000)) < 0.04
-    assert sorted(set(steps[skipped].argmax(1).tolist())) == list(range(6))
-    assert time_skips(3, 5, 0.0).equal(torch.arange(5).expand(3, -1))
-    assert time_skips(2, 1, 1.0).equal(torch.zeros(2, 1).long())
