@@ -85,7 +85,6 @@ void knn_of(Bytes& in, Dtype type, int64_t least_dims = 1) {
   const bool absolute = !causal && include_self && in.coin();
   std::optional<double> within;
   if (in.coin()) within = std::abs(in.real());
-  if (within && std::isnan(*within)) within.reset();  // Python refuses it
   const auto [ids, dists] = op<Knn>("knn")(points, queries, lengths, query_lengths, k, causal, include_self, index, ptr,
                                            query_ptr, within, absolute);
   if (index) op<KnnForget>("knn_forget")(index);
