@@ -49,6 +49,7 @@ class Options:
     semantic: int = option(0, "heads without time, which find what lies far back (0: one in four)", 0)
     dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0, most=1)
     attention_dropout: float = option(0.0, "share of the entities that a head hardly hears in training", 0, most=0.99)
+    confidence_penalty: float = option(0.0, "how much a language model is rewarded for the entropy of what it says", 0)
     lr: float = option(6e-3, "largest step length of AdamW", 0)
     warmup: int = option(50, "steps until lr is reached", 0)
     weight_decay: float = option(0.01, "how much AdamW shrinks the matrices in a step, times lr", 0)
@@ -116,4 +117,4 @@ class Options:
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
 OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "semantic",
-       "dropout", "attention_dropout")  # fmt: skip
+       "dropout", "attention_dropout", "confidence_penalty")  # fmt: skip

@@ -114,7 +114,7 @@ class Text(Task):
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
     own = ("data", "length", "memory_size", "pack", "without", "block", "semantic", "dropout",
-           "attention_dropout")  # fmt: skip
+           "attention_dropout", "confidence_penalty")  # fmt: skip
     unit, counted, partial = "bits", "bytes", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
     words = {
@@ -171,9 +171,9 @@ class Text(Task):
 
     def loss(self, model, batch):
         if not (model.training and self.options.memory_size):
-            return language_model_loss(model, batch)
+            return language_model_loss(model, batch, self.options.confidence_penalty)
         logits, self.memory = model(batch[0], self.memory)
-        return language_modelling(logits, batch[1])
+        return language_modelling(logits, batch[1], self.options.confidence_penalty)
 
     def figures(self, model):
         held_out = bits.judged(self.corpus.held_out)

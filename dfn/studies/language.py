@@ -1,8 +1,8 @@
 """Language: bits per byte of a Dynamic Flow Network beside Transformers, at equal parameters and equal bytes.
 
 Every model has its own best learning rate of a small grid, chosen on the first seed; the others repeat it with that.
-``--corpus`` takes a part of the training bytes only, which is then seen again and again; ``--dropout`` and
-``--attention-dropout`` are against that.
+``--corpus`` takes a part of the training bytes only, which is then seen again and again; ``--dropout``,
+``--attention-dropout`` and ``--confidence-penalty`` are against that.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=positive, help="train on the first so many bytes only (default: all)")
     parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
     add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
-              weight_decay=0.01, dropout=0.0, attention_dropout=0.0, seed=0)  # fmt: skip
+              weight_decay=0.01, dropout=0.0, attention_dropout=0.0, confidence_penalty=0.0, seed=0)  # fmt: skip
 
 
 def dfn_config(arguments: argparse.Namespace) -> dict:
@@ -86,7 +86,7 @@ def table(found: dict) -> str:
     head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn",
             *(["best on the way"] if again else []), "seconds"]  # fmt: skip
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
-    for name in ("dropout", "attention_dropout", "weight_decay"):
+    for name in ("dropout", "attention_dropout", "confidence_penalty", "weight_decay"):
         said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
     return "\n\n".join([
         f"# Language, {o['parameters']} parameters",

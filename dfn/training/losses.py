@@ -11,13 +11,24 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def language_modelling(logits: Tensor, targets: Tensor) -> Tensor:
+def language_modelling(logits: Tensor, targets: Tensor, confidence_penalty: float = 0.0) -> Tensor:
     """Mean of ``-log softmax(logits_i)[target_i]`` over the positions, in nats.
 
     ``logits [B, N, V]``, ``targets`` int64 ``[B, N]``; a target of -100 does not count. 0-d, at least float32.
+
+    ``confidence_penalty``: b. The gradient is then that of the loss less b times the mean entropy of the softmax, so
+    that a prediction gets no surer than it must; the value stays the loss. Source: Pereyra et al., Regularizing neural
+    networks by penalizing confident output distributions (2017), equation (3).
     """
     _shape("language_modelling", "targets", targets, tuple(logits.shape[:-1]))
-    return nn.functional.cross_entropy(wide(logits).flatten(0, -2), targets.flatten())
+    logits, targets = wide(logits).flatten(0, -2), targets.flatten()
+    loss = nn.functional.cross_entropy(logits, targets)
+    if not confidence_penalty:
+        return loss
+    log_p, counts = logits.log_softmax(-1), targets != -100
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    penalty = -confidence_penalty * torch.where(counts, entropy, 0.0).sum() / counts.sum()
+    return loss + (penalty - penalty.detach())
 
 
 class MeanStateHead(nn.Module):

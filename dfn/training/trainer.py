@@ -25,18 +25,22 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.layer = step, layer
 
 
-def language_model_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+def language_model_loss(
+    model: nn.Module, batch: tuple[Tensor, ...], confidence_penalty: float = 0.0
+) -> Tensor:  # fmt: skip
     """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count.
+    ``confidence_penalty`` as in `language_modelling`.
 
     A third part, int64 ``[B, S + 1]``, are the offsets of the documents of each row, as `packed_batches` gives them.
     """
     ids, targets, *ptr = batch
     if not ptr:
-        return language_modelling(model(ids)[0], targets)
+        return language_modelling(model(ids)[0], targets, confidence_penalty)
     B, N = ids.shape
     firsts = ptr[0][:, :-1] + torch.arange(0, B * N, N, device=ids.device)[:, None]
     sets = torch.cat([firsts.flatten(), firsts.new_full((1,), B * N)])  # of the rows one after another
-    return language_modelling(model(ids.reshape(1, B * N), ptr=sets)[0], targets.reshape(1, B * N))
+    logits = model(ids.reshape(1, B * N), ptr=sets)[0]
+    return language_modelling(logits, targets.reshape(1, B * N), confidence_penalty)
 
 
 @dataclass
