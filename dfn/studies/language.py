@@ -11,7 +11,7 @@ import sys
 from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
-from .sources import SplitText, beside, bits_by_place, split_by_content
+from .sources import SplitText, beside, bits_by_place, split_by_content, windows
 
 # Of the DFN, about so many parameters with 256 bytes; the others are fitted to it.
 SIZES = {
@@ -43,16 +43,16 @@ def run(arguments: argparse.Namespace) -> dict:
         raise UsageError("flownetwork has no dropout: name other --models")
     split = split_by_content(arguments.data)
     split = split._replace(train=split.train[: arguments.corpus])
-    judged = split.held_out[: arguments.judged]
+    judged = windows(split.held_out, arguments.length, max(1, arguments.judged // arguments.length))
     study = Study("language", arguments.out, asked(arguments, "data", "models", "rates"), split.facts(judged),
                   names=NAMES, evaluations=arguments.evaluations, progress=not arguments.quiet)  # fmt: skip
-    study.found.setdefault("beside", beside(split, judged))
+    study.found.setdefault("beside", beside(split))
     config = dfn_config(arguments)
 
     def compute(kind: str, rate: float, seed: int) -> dict:
         options = options_of(arguments, lr=rate, seed=seed)
         build = lambda: contender(kind, config, options.length, **dropouts)  # noqa: E731
-        judge = lambda model: float(bits_by_place(model, judged, options.length).mean())  # noqa: E731
+        judge = lambda model: float(bits_by_place(model, judged).mean())  # noqa: E731
         task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
         cell = lambda folder: study.trained(task, options, folder)[1]  # noqa: E731
         return study.cell(f"{kind}/{rate:g}/{seed}", cell)
@@ -88,15 +88,18 @@ def table(found: dict) -> str:
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
     for name in ("dropout", "attention_dropout", "confidence_penalty", "weight_decay"):
         said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
+    evenly = "judged_windows" in d  # not so in studies of before December 2026
+    over = f"{d['judged_windows']:,} windows spread evenly over" if evenly else "the first of"
+    beside_on = "the whole of the held-out text" if evenly else "the same bytes"
     return "\n\n".join([
         f"# Language, {o['parameters']} parameters",
         f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "
         f"({said}); mean ± standard deviation of the seeds. The learning rate is the best of those tried on the first "
         "seed. Less is better.",
         markdown(head, rows),
-        f"On the same bytes: {others}.",
+        f"On {beside_on}: {others}.",
         f"Data: {d['name']}, {d['train_bytes'] / 1e6:.1f} MB of {d['files']:,} files; judged on {d['judged_bytes']:,} "
-        f"bytes of {d['held_out_files']:,} other files, chosen by their content.",
+        f"bytes, {over} {d['held_out_files']:,} other files, chosen by their content.",
         f"Tried (model/learning rate/seed): {tried}.",
         where(found),
     ]) + "\n"  # fmt: skip

@@ -17,7 +17,7 @@ from ..runs.tasks import Task
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .language import SIZES
 from .rivals import contender
-from .sources import SplitText, bits_by_place, split_by_content
+from .sources import SplitText, bits_by_place, split_by_content, windows
 
 # Of four heads two are without time, where the recommended block has one.
 DFNS = {"dfn": {}, "semantic": dict(block_options=dict(semantic=2))}
@@ -142,12 +142,14 @@ def run(arguments: argparse.Namespace) -> dict:
         raise ValueError(f"longest must be at least length = {arguments.length}, got {arguments.longest}")
     judged_at = lengths(arguments.length, arguments.longest)
     split = split_by_content(arguments.data) if "text" in arguments.tasks else None
-    judged = None if split is None else split.held_out[: arguments.rows * judged_at[-1] + 1]
+    if split is not None:
+        long = windows(split.held_out, judged_at[-1], arguments.rows)
+        short = windows(split.held_out, arguments.length, arguments.rows * judged_at[-1] // arguments.length)
     study = Study("length", arguments.out, asked(arguments, "data", "models", "tasks", "rates"),
                   names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     if split is not None:
-        facts = study.found.setdefault("text", split.facts(judged))
-        if facts != split.facts(judged):
+        facts = study.found.setdefault("text", split.facts(long))
+        if facts != split.facts(long):
             raise ValueError(f"{arguments.out} holds a study of other data; another --out begins a new one")
 
     def options(rate: float, seed: int) -> Options:
@@ -156,10 +158,10 @@ def run(arguments: argparse.Namespace) -> dict:
     def text(kind: str, rate: float, seed: int) -> dict:
         def cell(folder) -> dict:
             build = lambda: model_of(kind, 256, arguments)  # noqa: E731
-            judge = lambda model: float(bits_by_place(model, judged, arguments.length).mean())  # noqa: E731
+            judge = lambda model: float(bits_by_place(model, short).mean())  # noqa: E731
             task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
             model, result = (lambda r: (r[0].model, r[1]))(study.trained(task, options(rate, seed), folder))
-            places = bits_by_place(model, judged, judged_at[-1], rows=1)
+            places = bits_by_place(model, long, rows=1)
             stretches = zip([0, *judged_at[:-1]], judged_at, strict=True)
             by_stretch = {str(end): float(places[start:end].mean()) for start, end in stretches}
             by_length = {str(end): float(places[:end].mean()) for end in judged_at}
@@ -223,7 +225,8 @@ def table(found: dict) -> str:
                     f"Every seed is judged on {judged_on} of them.")  # fmt: skip
         parts += [said, markdown(["model", "parameters", "seeds", *(f"{int(end):,}" for end in ends)], rows)]
     if "text" in found:
-        parts.append(f"Data: {found['text']['name']}; windows run across files, which follow one another.")
+        parts.append(f"Data: {found['text']['name']}; windows, spread evenly over what is held out, run across "
+                     "files, which follow one another.")  # fmt: skip
     return "\n\n".join([*parts, where(found)]) + "\n"
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..models.language import DFNLanguageModel, ablated
 from ..models.layers import FIRST_BLOCK, count_parameters
-from ..runs.bits import streamed_bits
+from ..runs import bits
 from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, main, markdown, options_of, positive, spread, use_threads, where
 from .memory_task import CONFIG, segments_accuracy
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if not arguments.memory_size:
         raise UsageError("parts leaves the memory out itself: give a --memory-size above 0")
     split = split_by_content(arguments.data)
-    judged = split.held_out[: arguments.judged]
+    judged = bits.judged(split.held_out, arguments.judged)
     asked_for = list(LINES) if "all" in arguments.lines else arguments.lines
     study = Study("parts", arguments.out, asked(arguments, "data", "lines", "tasks"), split.facts(judged),
                   names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
     def text(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:
         build = lambda: DFNLanguageModel(**change(config))  # noqa: E731
-        judge = lambda model: streamed_bits(model, judged, arguments.length)  # noqa: E731
+        judge = lambda model: bits.streamed_bits(model, judged, arguments.length)  # noqa: E731
         return study.trained(lambda o: SplitText(o, build, split, judge), options_of(arguments, seed=seed), folder)[1]
 
     def recall(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:

@@ -26,15 +26,31 @@ class Split(NamedTuple):
     held_out_files: int
 
     def facts(self, judged: Tensor) -> dict:
+        """``judged``: bytes, or `windows`, each of which ends with a byte that is only predicted."""
+        evenly = dict(judged_windows=len(judged)) if judged.ndim == 2 else {}
         return dict(
             name=self.name, files=self.files, held_out_files=self.held_out_files, train_bytes=len(self.train),
-            held_out_bytes=len(self.held_out), judged_bytes=len(judged), train_sha256=sha256(self.train),
-            judged_sha256=sha256(judged),
+            held_out_bytes=len(self.held_out), judged_bytes=judged[:, 1:].numel() if evenly else len(judged),
+            train_sha256=sha256(self.train), judged_sha256=sha256(judged), **evenly,
         )  # fmt: skip
 
 
 def sha256(data: Tensor) -> str:
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(data.contiguous().numpy()).hexdigest()
+
+
+def windows(data: Tensor, length: int, most: int | None = None) -> Tensor:
+    """The windows of ``length`` bytes that follow one another, each with the byte behind it: ``[n, length + 1]``.
+
+    Of more than ``most`` so many, at even distances from the first to the last: files differ more than what stands in
+    one, so that a few of everything says more than all of a few. What is left over at the end does not count.
+    """
+    if len(data) <= length:
+        raise ValueError(f"windows: data must have more than length = {length} bytes, got {len(data)}")
+    all_of_them = data.unfold(0, length + 1, length)
+    if most is None or len(all_of_them) <= most:
+        return all_of_them
+    return all_of_them[torch.linspace(0, len(all_of_them) - 1, most, dtype=torch.float64).long()]
 
 
 def split_by_content(path: str | Path | None = None) -> Split:
@@ -95,27 +111,22 @@ class SplitText(Text):
         return self.corpus.name
 
 
-def beside(split: Split, judged: Tensor) -> dict[str, float]:
-    """Bits per byte of compressors on the judged bytes alone, and of byte pairs counted on the training bytes."""
-    return {**compressed_bits_per_byte(judged), "bigram": bigram_bits_per_byte(split.train, judged)}
+def beside(split: Split) -> dict[str, float]:
+    """Bits per byte of all that is held out: compressors on it alone, and byte pairs counted on the training bytes."""
+    return {**compressed_bits_per_byte(split.held_out), "bigram": bigram_bits_per_byte(split.train, split.held_out)}
 
 
 @torch.no_grad()
-def bits_by_place(model: nn.Module, data: Tensor, length: int, rows: int = 32) -> Tensor:
-    """Bits per byte at each place of windows of ``length``, float64 ``[length]``, mean over the windows of ``data``.
+def bits_by_place(model: nn.Module, windows: Tensor, rows: int = 32) -> Tensor:
+    """Bits per byte at each place of ``windows [n, length + 1]``, float64 ``[length]``, mean over the windows.
 
-    A byte is predicted from those before it in its window; windows follow one another, what is left over at the end
-    does not count.
+    Every byte but a window's first is predicted from those before it.
     """
     device = next(model.parameters()).device
-    count = (len(data) - 1) // length
-    if count < 1:
-        raise ValueError(f"bits_by_place: data must have more than length = {length} bytes, got {len(data)}")
-    ids = data[: count * length].view(count, length).long()
-    targets = data[1 : count * length + 1].view(count, length).long()
-    total = torch.zeros(length, dtype=torch.float64, device=device)
-    for i, t in zip(ids.split(rows), targets.split(rows), strict=True):
-        logits = model(i.to(device))[0].float()
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), t.to(device).flatten(), reduction="none")
-        total += losses.view(i.shape).double().sum(0)
-    return (bits(1.0) * total / count).cpu()
+    total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64, device=device)
+    for some in windows.split(rows):
+        some = some.to(device).long()
+        logits = model(some[:, :-1])[0].float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
+        total += losses.view(len(some), -1).double().sum(0)
+    return (bits(1.0) * total / len(windows)).cpu()

@@ -25,7 +25,7 @@ def language_modelling(logits: Tensor, targets: Tensor, confidence_penalty: floa
     loss = nn.functional.cross_entropy(logits, targets)
     if not confidence_penalty:
         return loss
-    log_p, counts = logits.log_softmax(-1), targets != -100
+    log_p, counts = logits.log_softmax(-1).clamp_min(torch.finfo(logits.dtype).min), targets != -100  # 0 * -inf
     entropy = -(log_p.exp() * log_p).sum(-1)
     penalty = -confidence_penalty * torch.where(counts, entropy, 0.0).sum() / counts.sum()
     return loss + (penalty - penalty.detach())

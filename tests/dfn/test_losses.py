@@ -22,6 +22,21 @@ def test_language_modelling_counts_what_is_scored():
     torch.testing.assert_close(language_modelling(logits, targets), torch.stack(want).mean())
 
 
+def test_confidence_penalty():
+    """The value is the loss; the gradient that of the loss less b times the mean entropy, of what is scored."""
+    logits, targets = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (2, 5))
+    targets[0, :3] = -100
+    loss = language_modelling(logits, targets, 0.3)
+    assert torch.equal(loss, language_modelling(logits, targets))
+    (got,) = torch.autograd.grad(loss, logits)
+    scored = logits[targets >= 0].softmax(-1)
+    want = -scored[range(7), targets[targets >= 0]].log().mean() + 0.3 * (scored * scored.log()).sum(-1).mean()
+    torch.testing.assert_close(got, torch.autograd.grad(want, logits)[0])
+    sure = torch.tensor([[[400.0, -400.0, -torch.inf]]], requires_grad=True)  # a probability of 0 has no part in it
+    language_modelling(sure, torch.tensor([[0]]), 0.3).backward()
+    assert sure.grad.isfinite().all()
+
+
 def test_mean_state_weighs_and_leaves_padding_out():
     states, influence, lengths = torch.randn(2, 5, 3), torch.rand(2, 5), torch.tensor([5, 2])
     found = mean_state(states, influence, lengths)

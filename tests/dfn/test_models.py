@@ -78,8 +78,10 @@ def test_decoder_is_the_full_pass(search, options, dtype, monkeypatch):
             assert not torch.allclose(model(ids, memory)[0], model(ids)[0], atol=1e-2)
         logits, decoder = model(ids, memory)[0], Decoder(model, memory=memory, search=search)
         got = [decoder(ids[:, :37])] + [decoder(ids[:, i : i + 1]) for i in range(37, 120)]
-    got, tolerance = torch.stack(got, 1), 1e-4 if dtype == torch.float32 else 1e-9
-    torch.testing.assert_close(got, logits[:, 36:], rtol=tolerance, atol=tolerance)
+        exact = model.double()(ids, memory and memory._replace(
+            positions=memory.positions.double(), states=memory.states.double()))[0]  # fmt: skip
+    got, rounding = torch.stack(got, 1), 1e-9 if dtype == torch.float64 else float((logits - exact).abs().max())
+    assert (got - exact[:, 36:]).abs().max() < 8 * rounding  # another order of sums than the full pass, not worse
     assert got.argmax(-1).equal(logits[:, 36:].argmax(-1))
     with pytest.raises(ValueError, match="one token after the prompt"):
         decoder(ids)

@@ -19,7 +19,7 @@ from dfn.studies.rivals import (
     rotated,
     windowed_attention,
 )
-from dfn.studies.sources import bits_by_place, split_by_content
+from dfn.studies.sources import bits_by_place, split_by_content, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DFN = dict(vocab_size=37, dim=64, layers=2, k=5)
@@ -178,16 +178,24 @@ def test_split_of_one_file_and_of_too_little(tmp_path):
         split_by_content(tmp_path / "none")
 
 
+def test_windows():
+    """All that there are, or evenly many of them from the first to the last, each with the byte behind it."""
+    data = torch.arange(103, dtype=torch.uint8)
+    assert torch.equal(windows(data, 20), torch.stack([data[i : i + 21] for i in range(0, 100, 20)]))
+    assert windows(data, 20, 3)[:, 0].tolist() == [0, 40, 80] and len(windows(data, 20, 9)) == 5
+    assert torch.equal(windows(data, 102, 1), data[None])
+    with pytest.raises(ValueError, match="more than length = 103 bytes, got 103"):
+        windows(data, 103)
+
+
 def test_bits_by_place():
     """Against a loop over windows and places."""
     data = torch.randint(37, (103,), dtype=torch.uint8)
     model = contender("dfn", DFN, 20).eval()
-    got, want = bits_by_place(model, data, 20, rows=2), torch.zeros(20, dtype=torch.float64)
+    got, want = bits_by_place(model, windows(data, 20), rows=2), torch.zeros(20, dtype=torch.float64)
     with torch.no_grad():
         for start in range(0, 100, 20):
             logits = model(data[start : start + 20][None].long())[0][0].double()
             for place in range(20):
                 want[place] -= logits[place].log_softmax(0)[int(data[start + place + 1])] / math.log(2) / 5
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="more than length = 103 bytes, got 103"):
-        bits_by_place(model, data, 103)

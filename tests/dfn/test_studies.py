@@ -75,7 +75,10 @@ def test_language(text, tmp_path, capsys):
             assert [(p["step"], p["bytes"]) for p in c["curve"]] == [(2, 64), (4, 128)]
             assert c["value"] == c["curve"][-1]["value"] > 0
         assert f"| {kind} |" in table
-    assert found["data"]["judged_bytes"] == 200 and len(found["data"]["train_sha256"]) == 64
+    assert (
+        found["data"]["judged_bytes"] == 12 * 16 == 16 * found["data"]["judged_windows"]
+        and len(found["data"]["train_sha256"]) == 64
+    )
     assert set(found["beside"]) == {"gzip", "bzip2", "xz", "bigram"}
     again = [*arguments, "--models", "dfn"]
     assert study(*again) == 0 and load(tmp_path / "a") == found  # nothing is trained twice
@@ -98,6 +101,10 @@ def test_few_bytes_seen_again(text, tmp_path, capsys):
     assert study(*of_language(text, tmp_path / "b"), *few, "--dropout", 0.1, "--attention-dropout", 0.2) == 0
     assert "times the training bytes; dropout 0.1; attention dropout 0.2" in (tmp_path / "b" / "study.md").read_text()
     assert load(tmp_path / "b")["cells"]["dfn/0.01/0"]["value"] != found["cells"]["dfn/0.01/0"]["value"]
+    assert study(*of_language(text, tmp_path / "d"), *few, "--confidence-penalty", 0.5) == 0
+    assert "times the training bytes; confidence penalty 0.5" in (tmp_path / "d" / "study.md").read_text()
+    for key, cell in load(tmp_path / "d")["cells"].items():
+        assert cell["value"] != found["cells"][key]["value"]
     assert study(*of_language(text, tmp_path / "c"), "--dropout", 0.1) == 2
     assert "flownetwork has no dropout" in capsys.readouterr().err
 

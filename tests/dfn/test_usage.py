@@ -74,6 +74,7 @@ def failed(capsys, code, *arguments):
         (["train", "digits", "--dropout", 0.1], "--dropout has no meaning for digits"),
         (["train", "text", "--dropout", 1.5], "dropout must be at most 1, got 1.5"),
         (["train", "text", "--attention-dropout", 1], "attention_dropout must be at most 0.99, got 1"),
+        (["train", "text", "--confidence-penalty", -0.1], "confidence_penalty must be at least 0, got -0.1"),
         (["train", "text", "--semantic", 4], "semantic must be between 0 and 3, got 4"),
         (["train", "text", "--semantic", 2, "--without", "heads"], "semantic must be between 0 and 1, got 2"),
         (["eval", "memory", "--run", "x"], "--run has no meaning for memory"),
