@@ -225,8 +225,8 @@ def table(found: dict) -> str:
                     f"Every seed is judged on {judged_on} of them.")  # fmt: skip
         parts += [said, markdown(["model", "parameters", "seeds", *(f"{int(end):,}" for end in ends)], rows)]
     if "text" in found:
-        parts.append(f"Data: {found['text']['name']}; windows, spread evenly over what is held out, run across "
-                     "files, which follow one another.")  # fmt: skip
+        evenly = ", spread evenly over what is held out," if "judged_windows" in found["text"] else ""
+        parts.append(f"Data: {found['text']['name']}; windows{evenly} run across files, which follow one another.")
     return "\n\n".join([*parts, where(found)]) + "\n"
 
 
