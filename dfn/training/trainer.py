@@ -25,9 +25,7 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.layer = step, layer
 
 
-def language_model_loss(
-    model: nn.Module, batch: tuple[Tensor, ...], confidence_penalty: float = 0.0
-) -> Tensor:  # fmt: skip
+def language_model_loss(model: nn.Module, batch: tuple[Tensor, ...], confidence_penalty: float = 0.0) -> Tensor:
     """Mean cross entropy of the next token, in nats. ``batch`` is (ids, targets), [B, N]; -100 does not count.
     ``confidence_penalty`` as in `language_modelling`.
 
