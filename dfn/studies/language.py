@@ -6,12 +6,14 @@ Every model has its own best learning rate of a small grid, chosen on the first 
 """
 
 import argparse
+import statistics
 import sys
+from pathlib import Path
 
 from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
-from .sources import SplitText, beside, bits_by_place, split_by_content, windows
+from .sources import TEMPERATURES, SplitText, beside, bits_at_temperatures, bits_by_place, split_by_content, windows
 
 # Of the DFN, about so many parameters with 256 bytes; the others are fitted to it.
 SIZES = {
@@ -54,7 +56,13 @@ def run(arguments: argparse.Namespace) -> dict:
         build = lambda: contender(kind, config, options.length, **dropouts)  # noqa: E731
         judge = lambda model: float(bits_by_place(model, judged).mean())  # noqa: E731
         task = lambda o: SplitText(o, build, split, judge)  # noqa: E731
-        cell = lambda folder: study.trained(task, options, folder)[1]  # noqa: E731
+
+        def cell(folder: Path) -> dict:
+            run, found = study.trained(task, options, folder)
+            at = bits_at_temperatures(run.model.eval(), judged).mean(1)
+            best = int(at.argmin())
+            return found | dict(temperature=TEMPERATURES[best], value_at_temperature=float(at[best]))
+
         return study.cell(f"{kind}/{rate:g}/{seed}", cell)
 
     with study.reported(table):
@@ -78,13 +86,13 @@ def table(found: dict) -> str:
         against = f"{100 * (mean[kind] / mean['dfn'] - 1):+.1f} %" if "dfn" in mean and kind != "dfn" else ""
         lowest = [spread([min(p["value"] for p in c["curve"]) for c in cells], 4)] if again else []
         rows.append([kind, f"{cells[0]['parameters']:,}", rate, str(len(cells)), spread([c["value"] for c in cells], 4),
-                     against, *lowest, spread([c["seconds"] for c in cells], 0)])  # fmt: skip
+                     against, *lowest, calibrated(cells), spread([c["seconds"] for c in cells], 0)])  # fmt: skip
     tried = "; ".join(
         f"{key} {c['failed'] if 'failed' in c else format(c['value'], '.4f')}" for key, c in found["cells"].items()
     )
     others = ", ".join(f"{name} {value:.3f}" for name, value in sorted(found["beside"].items(), key=lambda x: x[1]))
     head = ["model", "parameters", "learning rate", "seeds", "bits per byte", "against dfn",
-            *(["best on the way"] if again else []), "seconds"]  # fmt: skip
+            *(["best on the way"] if again else []), "logits divided", "seconds"]  # fmt: skip
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
     for name in ("dropout", "attention_dropout", "confidence_penalty", "weight_decay"):
         said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
@@ -95,7 +103,8 @@ def table(found: dict) -> str:
         f"# Language, {o['parameters']} parameters",
         f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "
         f"({said}); mean ± standard deviation of the seeds. The learning rate is the best of those tried on the first "
-        "seed. Less is better.",
+        "seed. Logits divided: the same with all logits divided by what suits the judged bytes best; what that saves "
+        "is what the model loses by being too sure of itself. Less is better.",
         markdown(head, rows),
         f"On {beside_on}: {others}.",
         f"Data: {d['name']}, {d['train_bytes'] / 1e6:.1f} MB of {d['files']:,} files; judged on {d['judged_bytes']:,} "
@@ -103,6 +112,15 @@ def table(found: dict) -> str:
         f"Tried (model/learning rate/seed): {tried}.",
         where(found),
     ]) + "\n"  # fmt: skip
+
+
+def calibrated(cells: list[dict]) -> str:
+    """Bits per byte with the logits divided by what suits the judged bytes best, and by what that is."""
+    cells = [c for c in cells if "temperature" in c]  # older studies have none
+    if not cells:
+        return "-"
+    return (f"{spread([c['value_at_temperature'] for c in cells], 4)} (by "
+            f"{statistics.fmean(c['temperature'] for c in cells):.2f})")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from ..runs.tasks import Text
 from ..training.text import NOT_LIBRARY, bigram_bits_per_byte, bits, compressed_bits_per_byte
 
 HELD_OUT = 20  # one file in so many is held out
+TEMPERATURES = [n / 20 for n in range(16, 41)]  # 0.8 to 2
 
 
 class Split(NamedTuple):
@@ -122,11 +123,24 @@ def bits_by_place(model: nn.Module, windows: Tensor, rows: int = 32) -> Tensor:
 
     Every byte but a window's first is predicted from those before it.
     """
+    return bits_at_temperatures(model, windows, (1.0,), rows)[0]
+
+
+@torch.no_grad()
+def bits_at_temperatures(
+    model: nn.Module, windows: Tensor, temperatures: Sequence[float] = TEMPERATURES, rows: int = 32
+) -> Tensor:
+    """`bits_by_place` where the logits are divided by each of the temperatures, float64 ``[temperatures, length]``.
+
+    Fewer bits above 1 are what a model loses by being too sure of itself (Guo et al., On calibration of modern neural
+    networks, 2017); what remains is what it does not know.
+    """
     device = next(model.parameters()).device
-    total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64, device=device)
+    total = torch.zeros(len(temperatures), windows.shape[1] - 1, dtype=torch.float64, device=device)
     for some in windows.split(rows):
         some = some.to(device).long()
-        logits = model(some[:, :-1])[0].float()
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
-        total += losses.view(len(some), -1).double().sum(0)
+        logits, targets = model(some[:, :-1])[0].float().flatten(0, 1), some[:, 1:].flatten()
+        for sums, temperature in zip(total, temperatures, strict=True):
+            losses = nn.functional.cross_entropy(logits / temperature, targets, reduction="none")
+            sums += losses.view(len(some), -1).double().sum(0)
     return (bits(1.0) * total / len(windows)).cpu()

@@ -19,7 +19,7 @@ from dfn.studies.rivals import (
     rotated,
     windowed_attention,
 )
-from dfn.studies.sources import bits_by_place, split_by_content, windows
+from dfn.studies.sources import bits_at_temperatures, bits_by_place, split_by_content, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DFN = dict(vocab_size=37, dim=64, layers=2, k=5)
@@ -199,3 +199,7 @@ def test_bits_by_place():
             for place in range(20):
                 want[place] -= logits[place].log_softmax(0)[int(data[start + place + 1])] / math.log(2) / 5
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for T, at in zip((0.5, 3.0), bits_at_temperatures(model, windows(data, 20), (0.5, 3.0), rows=3), strict=True):
+        model.head.register_forward_hook(lambda _, __, logits, T=T: logits / T)
+        torch.testing.assert_close(at, bits_by_place(model, windows(data, 20)), rtol=1e-5, atol=1e-5)
+        model.head._forward_hooks.clear()
