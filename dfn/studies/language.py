@@ -13,7 +13,7 @@ from pathlib import Path
 from ..runs.options import UsageError
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
-from .sources import TEMPERATURES, SplitText, beside, bits_at_temperatures, bits_by_place, split_by_content, windows
+from .sources import SplitText, beside, bits_by_place, calibrated, split_by_content, windows
 
 # Of the DFN, about so many parameters with 256 bytes; the others are fitted to it.
 SIZES = {
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> dict:
 
         def cell(folder: Path) -> dict:
             run, found = study.trained(task, options, folder)
-            at = bits_at_temperatures(run.model.eval(), judged).mean(1)
-            best = int(at.argmin())
-            return found | dict(temperature=TEMPERATURES[best], value_at_temperature=float(at[best]))
+            if len(judged) > 1:
+                found["calibrated"], found["temperature"] = calibrated(run.model, judged)
+            return found
 
         return study.cell(f"{kind}/{rate:g}/{seed}", cell)
 
@@ -86,7 +86,7 @@ def table(found: dict) -> str:
         against = f"{100 * (mean[kind] / mean['dfn'] - 1):+.1f} %" if "dfn" in mean and kind != "dfn" else ""
         lowest = [spread([min(p["value"] for p in c["curve"]) for c in cells], 4)] if again else []
         rows.append([kind, f"{cells[0]['parameters']:,}", rate, str(len(cells)), spread([c["value"] for c in cells], 4),
-                     against, *lowest, calibrated(cells), spread([c["seconds"] for c in cells], 0)])  # fmt: skip
+                     against, *lowest, divided(cells), spread([c["seconds"] for c in cells], 0)])  # fmt: skip
     tried = "; ".join(
         f"{key} {c['failed'] if 'failed' in c else format(c['value'], '.4f')}" for key, c in found["cells"].items()
     )
@@ -103,8 +103,8 @@ def table(found: dict) -> str:
         f"# Language, {o['parameters']} parameters",
         f"Held-out bits per byte after {o['steps']:,} steps of {o['batch']} rows of {o['length']} bytes "
         f"({said}); mean ± standard deviation of the seeds. The learning rate is the best of those tried on the first "
-        "seed. Logits divided: the same with all logits divided by what suits the judged bytes best; what that saves "
-        "is what the model loses by being too sure of itself. Less is better.",
+        "seed. Logits divided: by what suits the other half of the judged bytes best; what that saves a model loses by "
+        "being too sure of itself. Less is better.",
         markdown(head, rows),
         f"On {beside_on}: {others}.",
         f"Data: {d['name']}, {d['train_bytes'] / 1e6:.1f} MB of {d['files']:,} files; judged on {d['judged_bytes']:,} "
@@ -114,13 +114,10 @@ def table(found: dict) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def calibrated(cells: list[dict]) -> str:
-    """Bits per byte with the logits divided by what suits the judged bytes best, and by what that is."""
-    cells = [c for c in cells if "temperature" in c]  # older studies have none
-    if not cells:
-        return "-"
-    return (f"{spread([c['value_at_temperature'] for c in cells], 4)} (by "
-            f"{statistics.fmean(c['temperature'] for c in cells):.2f})")  # fmt: skip
+def divided(cells: list[dict]) -> str:
+    cells = [c for c in cells if "calibrated" in c]  # older studies have none
+    temperature = statistics.fmean(c["temperature"] for c in cells) if cells else 1
+    return spread([c["calibrated"] for c in cells], 4) + (f" (by {temperature:.2f})" if cells else "")
 
 
 if __name__ == "__main__":

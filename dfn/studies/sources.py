@@ -127,14 +127,8 @@ def bits_by_place(model: nn.Module, windows: Tensor, rows: int = 32) -> Tensor:
 
 
 @torch.no_grad()
-def bits_at_temperatures(
-    model: nn.Module, windows: Tensor, temperatures: Sequence[float] = TEMPERATURES, rows: int = 32
-) -> Tensor:
-    """`bits_by_place` where the logits are divided by each of the temperatures, float64 ``[temperatures, length]``.
-
-    Fewer bits above 1 are what a model loses by being too sure of itself (Guo et al., On calibration of modern neural
-    networks, 2017); what remains is what it does not know.
-    """
+def bits_at_temperatures(model: nn.Module, windows: Tensor, temperatures: Sequence[float], rows: int = 32) -> Tensor:
+    """`bits_by_place` where the logits are divided by each of the temperatures, float64 ``[temperatures, length]``."""
     device = next(model.parameters()).device
     total = torch.zeros(len(temperatures), windows.shape[1] - 1, dtype=torch.float64, device=device)
     for some in windows.split(rows):
@@ -144,3 +138,17 @@ def bits_at_temperatures(
             losses = nn.functional.cross_entropy(logits / temperature, targets, reduction="none")
             sums += losses.view(len(some), -1).double().sum(0)
     return (bits(1.0) * total / len(windows)).cpu()
+
+
+def calibrated(model: nn.Module, windows: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> tuple[float, float]:
+    """Bits per byte with the logits divided by what suits other text best, and by what that is.
+
+    Each half of the windows, two or more, is judged at the temperature that is best for the other one. What that saves
+    a model loses by being too sure of itself; what remains is what it does not know.
+
+    Source: Guo et al., On calibration of modern neural networks (2017).
+    """
+    halves = [bits_at_temperatures(model, half, temperatures).mean(1) for half in windows.tensor_split(2)]
+    best = [int(half.argmin()) for half in halves]
+    value = sum(float(half[other]) for half, other in zip(halves, reversed(best), strict=True)) / 2
+    return value, sum(temperatures[n] for n in best) / 2

@@ -19,7 +19,7 @@ from dfn.studies.rivals import (
     rotated,
     windowed_attention,
 )
-from dfn.studies.sources import bits_at_temperatures, bits_by_place, split_by_content, windows
+from dfn.studies.sources import bits_at_temperatures, bits_by_place, calibrated, split_by_content, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DFN = dict(vocab_size=37, dim=64, layers=2, k=5)
@@ -203,3 +203,27 @@ def test_bits_by_place():
         model.head.register_forward_hook(lambda _, __, logits, T=T: logits / T)
         torch.testing.assert_close(at, bits_by_place(model, windows(data, 20)), rtol=1e-5, atol=1e-5)
         model.head._forward_hooks.clear()
+
+
+def test_calibrated():
+    """A model that is sure by a factor gets it back; each half is judged at what suits the other one."""
+    truth = 2 * torch.randn(11, 11)
+    data, right = [torch.zeros(400, 1, dtype=torch.long)], truth.log_softmax(1)
+    for _ in range(20):
+        data.append(right[data[-1][:, 0]].exp().multinomial(1))
+    data = torch.cat(data, 1).to(torch.uint8)
+
+    class Bigram(torch.nn.Module):
+        def __init__(self, factors):
+            super().__init__()
+            self.table, self.factors, self.seen = torch.nn.Parameter(right), factors, 0
+
+        def forward(self, ids):
+            self.seen += len(ids)
+            return self.table[ids] * self.factors[self.seen > 200], None
+
+    want = float(bits_by_place(Bigram((1, 1)), data).mean())
+    value, temperature = calibrated(Bigram((1.5, 1.5)), data)
+    assert abs(temperature - 1.5) <= 0.1 and want - 1e-3 <= value < want + 0.01
+    value, temperature = calibrated(Bigram((1.8, 1.0)), data)  # each half takes the other one's
+    assert abs(temperature - 1.4) <= 0.1 and value > want + 0.05

@@ -74,7 +74,7 @@ def test_language(text, tmp_path, capsys):
             assert abs(c["parameters"] / found["cells"]["dfn/0.001/0"]["parameters"] - 1) <= 0.02
             assert [(p["step"], p["bytes"]) for p in c["curve"]] == [(2, 64), (4, 128)]
             assert c["value"] == c["curve"][-1]["value"] > 0
-            assert 0.8 <= c["temperature"] <= 2 and 0.5 * c["value"] < c["value_at_temperature"] <= c["value"] + 1e-6
+            assert 0.8 <= c["temperature"] <= 2 and 0.5 * c["value"] < c["calibrated"] < 1.5 * c["value"]
         assert f"| {kind} |" in table
     assert found["data"]["judged_bytes"] == 12 * 16 and found["data"]["judged_windows"] == 12
     assert len(found["data"]["train_sha256"]) == 64 and "judged on 192 bytes, 12 windows spread evenly" in table
@@ -94,7 +94,7 @@ def test_few_bytes_seen_again(text, tmp_path, capsys):
     assert "1.28 times the training bytes" in table and "best on the way" in table and "dropout" not in table
     del found["options"]["dropout"]  # as it was written before there was one
     for cell in found["cells"].values():
-        del cell["temperature"]
+        del cell["calibrated"]
     (tmp_path / "a" / "study.json").write_text(json.dumps(found))
     assert study(*of_language(text, tmp_path / "a"), *few) == 0
     assert " | - | " in (tmp_path / "a" / "study.md").read_text()
