@@ -116,8 +116,10 @@ def table(found: dict) -> str:
 
 def divided(cells: list[dict]) -> str:
     cells = [c for c in cells if "calibrated" in c]  # older studies have none
-    temperature = statistics.fmean(c["temperature"] for c in cells) if cells else 1
-    return spread([c["calibrated"] for c in cells], 4) + (f" (by {temperature:.2f})" if cells else "")
+    if not cells:
+        return "-"
+    temperature = statistics.fmean(c["temperature"] for c in cells)
+    return f"{spread([c['calibrated'] for c in cells], 4)} (by {temperature:.2f})"
 
 
 if __name__ == "__main__":
