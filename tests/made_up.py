@@ -6,7 +6,7 @@ import random
 from dfn.studies.parts import LINES
 from dfn.training.trainer import History
 
-KINDS = ("dfn", "transformer++", "window", "transformer", "flownetwork")
+KINDS = ("dfn", "transformer++", "window", "convolved", "transformer", "flownetwork")
 
 
 def history(steps: int, end: float, start: float = 8.0, evaluations: int = 6, scale: float = math.log(2)) -> History:

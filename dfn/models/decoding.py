@@ -95,6 +95,7 @@ class Seen:
         sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
         self.scale = -0.5 / sigma.clamp(*WIDTHS[sigma.dtype]).square()[:, None]  # [H, 1]
         self.extra: tuple[Tensor, Tensor, Tensor] | None = None
+        self.latest: Tensor | None = None  # [B, W - 1, d], what a convolution looks back at
 
     def remember(self, attention: DynamicFlowAttention, memory: MemoryState) -> None:
         """The memory's entities are read along: positions ``[S, M, D]``, values, logarithms of the influence."""
@@ -183,7 +184,8 @@ class Decoder:
         self.count = torch.tensor([ids.shape[1]], device=ids.device)
         search = self.search or (Stream if ids.device.type == "cpu" and can_stream() else Scan)
         for block in self.model.blocks:
-            a, s = block.attention, block.norm(states)
+            a, normed = block.attention, block.norm(states)
+            s = normed if block.convolution is None else block.convolution(normed)
             memory = self.memory if block is self.model.blocks[-1] else None
             y, drift = a(s, positions, memory=memory)
             points, values = drift.positions.flatten(0, 1), a.split(a.value(s)).flatten(0, 1)
@@ -192,6 +194,9 @@ class Decoder:
             if a.salience is not None:
                 loudness = a.log_influence(s).transpose(1, 2).flatten(0, 1)
                 seen.loudness = padded(loudness[..., None], self.capacity)
+            if block.convolution is not None:
+                back = len(block.convolution.weight) - 1
+                seen.latest = nn.functional.pad(normed, (0, 0, back, 0))[:, normed.shape[1] :].clone()
             if memory is not None:
                 seen.remember(a, memory)
             self.seen.append(seen)
@@ -210,6 +215,9 @@ class Decoder:
         states, after = states[:, 0], self.count + 1
         for block, seen in zip(self.model.blocks, self.seen, strict=True):
             a, s = block.attention, block.norm(states)
+            if block.convolution is not None:
+                normed, s = s, block.convolution.step(s, seen.latest)
+                seen.latest.copy_(torch.cat([seen.latest, normed[:, None]], 1)[:, 1:])
             flow = applied(a.flow, s).view_as(positions)
             positions = positions + a.alpha[:, None] * flow
             query = positions + a.offset
@@ -233,7 +241,7 @@ class Decoder:
     def _capture(self, ids: Tensor) -> None:
         """Records a step; recording, like the trial runs before it, leaves no trace in the state."""
         self.ids = ids.clone()
-        kept = [self.count, *(seen.energy for seen in self.seen)]
+        kept = [self.count, *(x for seen in self.seen for x in (seen.energy, seen.latest) if x is not None)]
         before = [x.clone() for x in kept]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -32,8 +32,9 @@ class DFNLanguageModel(nn.Module):
         vocab_size: V; 256 for bytes. dim: d. layers, heads: H. pos_dim: D. k: neighbours per head.
         memory_size: M, entities of the memory; 0 is none.
         block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`. Its
-            ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too; without it
-            ``output_scale`` is ``(2 layers)^-1/2``. `FIRST_BLOCK` are those of models saved before December 2026.
+            ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too; without them
+            ``output_scale`` is ``(2 layers)^-1/2`` and ``convolution`` 4. `FIRST_BLOCK` are those of models saved
+            before December 2026.
 
     Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
     ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the
@@ -53,7 +54,7 @@ class DFNLanguageModel(nn.Module):
         options = dict(block_options or {})
         self.config = dict(vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, pos_dim=pos_dim, k=k,
                            memory_size=memory_size, block_options=options)  # fmt: skip
-        options = {"output_scale": (2 * layers) ** -0.5, **options}
+        options = {"output_scale": (2 * layers) ** -0.5, "convolution": 4, **options}
         self.embed = nn.Embedding(vocab_size, dim)
         self.positions = EntityPositions(dim, heads, pos_dim, semantic=options.get("semantic"))
         self.blocks = nn.ModuleList(DFNBlock(dim, heads, pos_dim, k, causal=True, **options) for _ in range(layers))
@@ -87,7 +88,7 @@ class DFNLanguageModel(nn.Module):
         H, N, D = positions.shape[1:]
         memory = self.memory.initial_state(states.shape[0], states.device) if memory is None else memory
         written = positions.transpose(1, 2).flatten(2).detach()
-        memory = self.memory.write(memory.detach(), written, self.blocks[-1].norm(states).detach())
+        memory = self.memory.write(memory.detach(), written, self.blocks[-1].said(states).detach())
         back = torch.zeros(H, D, device=states.device)
         back[self.positions.semantic :, 0] = N * self.positions.log_scale.exp()  # no other coordinate is time
         moved = memory.positions - back.flatten() * (memory.influence > 0)[..., None]
@@ -164,6 +165,7 @@ ABLATIONS = {
     "flow_norm": dict(block_options=dict(flow_norm=False)),
     "receiver_drift": dict(block_options=dict(receiver_drift=False)),
     "heads": dict(heads=1),
+    "convolution": dict(block_options=dict(convolution=0)),
 }
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from dfn_kernels import Drift, flow_attention, flow_norm
 from dfn_kernels._checks import are_sizes
@@ -31,7 +32,53 @@ def check_shape(owner: str, dim: int, heads: int, pos_dim: int, k: int, name: st
 LOUDEST = 8.0  # the largest logarithm of a learned influence
 
 # Options of the block that was the default of language models until November 2026, and is that of field models.
-FIRST_BLOCK = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, receiver_flow=False, salience=False)
+FIRST_BLOCK = dict(mlp="gelu", norm="layer", bias=True, output_scale=1.0, receiver_flow=False, salience=False,
+                   convolution=0)  # fmt: skip
+
+
+class ShortConvolution(nn.Module):
+    """``y_i = sum_{t < W} c_t * x_{i - t}``, channel by channel: ``[B, N, d] -> [B, N, d]``; before the first lies 0.
+
+    c_0 is 1 and the others are 0 at the start: it lets everything through, as it is. ``ptr``, int64 ``[S + 1]``: the
+    offsets of sequences packed along N, of which none looks into the one before it.
+
+    Source: Fu et al., Hungry hungry hippos (2023), section 3, where it is called a shift.
+    """
+
+    undecayed = ("weight",)  # see `parameter_groups`
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        are_sizes("ShortConvolution", dim=dim, width=width)
+        self.weight = nn.Parameter(torch.eye(width)[:, :1].repeat(1, dim))  # [W, d], c_0 first
+        self.register_load_state_dict_pre_hook(with_no_convolution)
+
+    def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
+        N, W = x.shape[1], len(self.weight)
+        before = pad(x, (0, 0, W - 1, 0))
+        y = x * self.weight[0]
+        place = None if ptr is None else place_in_set(ptr, N)
+        for t in range(1, W):
+            earlier = before[:, W - 1 - t : W - 1 - t + N]
+            if place is not None:
+                earlier = earlier.masked_fill((place < t)[:, None], 0)
+            y = y + earlier * self.weight[t]
+        return y
+
+    def step(self, x: Tensor, before: Tensor) -> Tensor:
+        """One entity more, ``[B, d] -> [B, d]``; ``before [B, W - 1, d]``, those before it, the latest last."""
+        return (torch.cat([before, x[:, None]], 1) * self.weight.flip(0)).sum(1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, width={len(self.weight)}"
+
+
+def with_no_convolution(convolution: ShortConvolution, state: dict, prefix: str, *_) -> None:
+    """A checkpoint from before there was one: it is the same model with one that lets everything through."""
+    if prefix + "weight" not in state:
+        weight = torch.zeros_like(convolution.weight)
+        weight[0] = 1
+        state[prefix + "weight"] = weight
 
 
 class FlowNorm(nn.Module):
@@ -306,7 +353,7 @@ def with_what_came_later(attention: DynamicFlowAttention, state: dict, prefix: s
 
 
 class DFNBlock(nn.Module):
-    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = RMSNorm(x)``.
+    """The recommended block: ``x + W_o y + FlowNorm(MLP([s, y]))`` with ``s = Conv(RMSNorm(x))``.
 
     y is what `DynamicFlowAttention` reads for s. Two paths lead from y to the output: a linear one, without which
     associative recall fails, and the MLP, which FlowNorm scales by the energy of the flow, summed over the heads
@@ -325,6 +372,8 @@ class DFNBlock(nn.Module):
             at the start. dropout: the share of what is added that is left out in training. attention_dropout: the
             share of the entities that a head hardly hears in training.
         normalize, semantic, sigma: as in `DynamicFlowAttention`.
+        convolution: W entities, the one itself and those before it, that a `ShortConvolution` brings together in s; 0
+            is none. It needs ``causal``.
 
     Call: ``(states [B, N, d], positions [B, H, N, D], influence [B, N] = 1, lengths int64 [B] = N, memory=None,
     ptr=None)`` gives ``(states [B, N, d], positions [B, H, N, D])``. Padding, beyond ``lengths``, is read by nobody;
@@ -337,13 +386,18 @@ class DFNBlock(nn.Module):
                  norm_eps: float = 1.0, flow: bool = True, receiver_drift: bool = True, receiver_flow: bool = True,
                  salience: bool = True, flow_norm: bool = True, normalize: bool = True, mlp: str = "swiglu",
                  norm: str = "rms", bias: bool = False, output_scale: float = 1.0, dropout: float = 0.0,
-                 attention_dropout: float = 0.0, semantic: int | None = None, sigma: float = 1.0):  # fmt: skip
+                 attention_dropout: float = 0.0, semantic: int | None = None, sigma: float = 1.0,
+                 convolution: int = 0):  # fmt: skip
         super().__init__()
         check_shape("DFNBlock", dim, heads, pos_dim, k)
+        are_sizes("DFNBlock", least=0, convolution=convolution)
+        if convolution and not causal:
+            raise ValueError(f"DFNBlock: convolution must be 0 with causal=False, got {convolution}")
         for name, value, known in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("layer", "rms"))):
             if value not in known:
                 raise ValueError(f"DFNBlock: {name} must be one of {', '.join(known)}, got {value!r}")
         self.norm = make_norm(norm, dim, bias)
+        self.convolution = ShortConvolution(dim, convolution) if convolution else None
         self.attention = DynamicFlowAttention(
             dim, heads, pos_dim, k, causal=causal, flow=flow, receiver_drift=receiver_drift,
             receiver_flow=receiver_flow, salience=salience, normalize=normalize, bias=bias, semantic=semantic,
@@ -366,7 +420,7 @@ class DFNBlock(nn.Module):
         self, states: Tensor, positions: Tensor, influence: Tensor | None = None, lengths: Tensor | None = None,
         memory: MemoryState | None = None, ptr: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        s = self.norm(states)
+        s = self.said(states, ptr)
         y, drift = self.attention(s, positions, influence, lengths, memory, ptr)
         update = self.mlp(torch.cat([s, y.to(s.dtype)], -1))
         if self.flow_norm is not None:
@@ -375,6 +429,11 @@ class DFNBlock(nn.Module):
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
             update = update.masked_fill(padding[..., None], 0)
         return states + self.dropout(self.out(y) + update), drift.positions
+
+    def said(self, states: Tensor, ptr: Tensor | None = None) -> Tensor:
+        """s: what an entity shows of itself to those who read it, and to its own MLP, ``[B, N, d] -> [B, N, d]``."""
+        s = self.norm(states)
+        return s if self.convolution is None else self.convolution(s, ptr)
 
 
 class FlowMixer(nn.Module):

@@ -32,7 +32,7 @@ def trace(model: DFNLanguageModel, ids: Tensor) -> list[Stage]:
     positions = model.positions(states)
     stages = [Stage(positions[0])]
     for block in model.blocks:
-        attention, s = block.attention, block.norm(states)
+        attention, s = block.attention, block.said(states)
         states, positions = block(states, positions)
         looks, loud = positions + attention.offset[:, None], None
         if attention.receiver is not None:

@@ -12,6 +12,7 @@ MODELS = {
     "dfn": (OURS, "o", "DFN"),
     "transformer++": (VERMILLION, "s", "Transformer++"),
     "window": (GREEN, "^", "Transformer++, window"),
+    "convolved": (INK, "X", "Transformer++, convolutions"),
     "transformer": (ORANGE, "D", "Transformer"),
     "flownetwork": (PURPLE, "v", "FlowNetwork"),
     "dfn, memory": (SKY, "P", "DFN with memory"),

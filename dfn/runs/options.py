@@ -47,6 +47,9 @@ class Options:
     block: str = option("recommended", "of a language model: today's, or that of runs begun before December 2026",
                         choices=("recommended", "first"))  # fmt: skip
     semantic: int = option(0, "heads without time, which find what lies far back (0: one in four)", 0)
+    convolution: int = option(
+        4, "bytes, it and those before, that a language model's block brings together (0: none)", 0
+    )
     dropout: float = option(0.0, "share of a language model's updates that is left out in training", 0, most=1)
     attention_dropout: float = option(0.0, "share of the entities that a head hardly hears in training", 0, most=0.99)
     confidence_penalty: float = option(0.0, "how much a language model is rewarded for the entropy of what it says", 0)
@@ -88,7 +91,7 @@ class Options:
             raise CheckpointError(f"{where} has an option that is not known here: {unknown[0]}")
         if kept.get("kind") not in KINDS:
             raise CheckpointError(f"{where} is of a kind that is not known here: {kept.get('kind')}")
-        return cls(**{"block": "first", **kept})  # older checkpoints do not say
+        return cls(**{"block": "first", "convolution": 0, **kept})  # older checkpoints do not say
 
     def _check(self) -> None:
         for f in fields(self)[1:]:
@@ -117,4 +120,4 @@ class Options:
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
 # which not every kind has a use for
 OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "semantic",
-       "dropout", "attention_dropout", "confidence_penalty")  # fmt: skip
+       "convolution", "dropout", "attention_dropout", "confidence_penalty")  # fmt: skip

@@ -114,7 +114,7 @@ class Text(Task):
 
     defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
     own = ("data", "length", "memory_size", "pack", "without", "block", "semantic", "dropout",
-           "attention_dropout", "confidence_penalty")  # fmt: skip
+           "convolution", "attention_dropout", "confidence_penalty")  # fmt: skip
     unit, counted, partial = "bits", "bytes", False
     place, shift, memory = 0, 0, None  # of a text read in consecutive pieces
     words = {
@@ -133,6 +133,8 @@ class Text(Task):
             recommended_heads(1 if options.without == "heads" else options.heads, options.semantic or None)
         except ValueError as error:
             raise UsageError(str(error).removeprefix("recommended_heads: ")) from None
+        if options.block == "first" and given.get("convolution"):
+            raise UsageError(f"convolution must be 0 with --block first, got {options.convolution}")
 
     @property
     def graphable(self) -> bool:
@@ -145,7 +147,7 @@ class Text(Task):
     def model(self) -> DFNLanguageModel:
         o = self.options
         given = {name: value for name in ("semantic", "dropout", "attention_dropout") if (value := getattr(o, name))}
-        options = {**(FIRST_BLOCK if o.block == "first" else {}), **given}
+        options = {"convolution": o.convolution, **(FIRST_BLOCK if o.block == "first" else {}), **given}
         config = dict(vocab_size=256, memory_size=o.memory_size, block_options=options, **o.shape())
         return DFNLanguageModel(**(ablated(config, o.without) if o.without else config))
 

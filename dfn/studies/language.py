@@ -31,11 +31,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=positive, help="train on the first so many bytes only (default: all)")
     parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
     add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
-              weight_decay=0.01, dropout=0.0, attention_dropout=0.0, confidence_penalty=0.0, seed=0)  # fmt: skip
+              convolution=4, weight_decay=0.01, dropout=0.0, attention_dropout=0.0, confidence_penalty=0.0,
+              seed=0)  # fmt: skip
 
 
 def dfn_config(arguments: argparse.Namespace) -> dict:
-    return dict(vocab_size=256, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters])
+    return dict(vocab_size=256, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters],
+                block_options=dict(convolution=arguments.convolution))  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> dict:

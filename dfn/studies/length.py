@@ -20,7 +20,7 @@ from .rivals import contender
 from .sources import SplitText, bits_by_place, split_by_content, windows
 
 # Of four heads two are without time, where the recommended block has one.
-DFNS = {"dfn": {}, "semantic": dict(block_options=dict(semantic=2))}
+DFNS = {"dfn": {}, "semantic": dict(semantic=2)}  # options of their blocks
 MODELS = (*DFNS, "transformer++", "window")  # the plain Transformer ends where it was trained
 REMEMBERS = ", memory"  # what the name of a DFN with a memory ends with
 TASKS = ("text", "needle")
@@ -111,15 +111,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--span", type=positive, default=1, help="symbols of a needle (default: 1; 8 is a copy)")
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-3], help="learning rates to try (default: 6e-3)")
     parser.add_argument("--memory-size", type=positive, default=256, help="of the DFN with a memory (default: 256)")
-    add_flags(parser, "study-length", data=None, steps=2000, batch=8, length=512, k=16, pos_dim=3, warmup=100,
-              weight_decay=0.01, seed=0)  # fmt: skip
+    add_flags(parser, "study-length", data=None, steps=2000, batch=8, length=512, k=16, pos_dim=3, convolution=4,
+              warmup=100, weight_decay=0.01, seed=0)  # fmt: skip
 
 
 def model_of(kind: str, vocab_size: int, arguments: argparse.Namespace) -> nn.Module:
     """The model that the study calls so; a rival is as large as the DFN."""
     name, remembers, _ = kind.partition(REMEMBERS)
     config = dict(vocab_size=vocab_size, k=arguments.k, pos_dim=arguments.pos_dim, **SIZES[arguments.parameters],
-                  **DFNS.get(name, {}), memory_size=arguments.memory_size if remembers else 0)  # fmt: skip
+                  memory_size=arguments.memory_size if remembers else 0,
+                  block_options=dict(convolution=arguments.convolution, **DFNS.get(name, {})))  # fmt: skip
     return contender("dfn" if name in DFNS else name, config, arguments.length)
 
 

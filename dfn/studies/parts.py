@@ -52,6 +52,7 @@ LEFT_OUT: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "heads": ("one head", lambda c: ablated(c, "heads")),
     "semantic": ("no semantic head", lambda c: block(c, semantic=0)),
     "normalize": ("weights not normalised", lambda c: block(c, normalize=False)),
+    "convolution": ("no short convolution", lambda c: ablated(c, "convolution")),
 }
 CANDIDATES: dict[str, tuple[str, Callable[[dict], dict]]] = {
     **{f"k{k}": (f"k = {k}", lambda c, k=k: {**c, "k": k}) for k in (4, 8, 16, 32)},
@@ -74,7 +75,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
     add_flags(parser, "study-parts", data=None, steps=2000, batch=16, length=128, dim=96, layers=3, heads=4, pos_dim=3,
-              k=16, memory_size=MEMORY, lr=6e-3, warmup=100, weight_decay=0.01, seed=0)  # fmt: skip
+              k=16, memory_size=MEMORY, convolution=4, lr=6e-3, warmup=100, weight_decay=0.01, seed=0)  # fmt: skip
 
 
 def add_left_out(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,8 @@ def run(arguments: argparse.Namespace) -> dict:
                   names=NAMES, evaluations=4, progress=not arguments.quiet)  # fmt: skip
     study.found["lines"] = {line: said for line, (said, _) in LINES.items()}
     names = ("dim", "layers", "heads", "pos_dim", "k", "memory_size")
-    config = dict(vocab_size=256, **{name: getattr(arguments, name) for name in names})
+    config = block(dict(vocab_size=256, **{name: getattr(arguments, name) for name in names}),
+                   convolution=arguments.convolution)  # fmt: skip
 
     def text(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:
         build = lambda: DFNLanguageModel(**change(config))  # noqa: E731
@@ -104,7 +106,7 @@ def run(arguments: argparse.Namespace) -> dict:
     def recall(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:
         options = options_of(arguments, seed=seed, length=6 * PAIRS, memory_size=0, **RECALL_OPTIONS)
         draw = lambda batch, generator: recall_batch(batch, PAIRS, generator=generator)  # noqa: E731
-        build = lambda: DFNLanguageModel(**change(RECALL))  # noqa: E731
+        build = lambda: DFNLanguageModel(**change(block(RECALL, convolution=arguments.convolution)))  # noqa: E731
         return study.trained(lambda o: Recall(o, build, draw), options, folder)[1]
 
     def segments(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:

@@ -117,7 +117,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates to try")
     parser.add_argument("--zoology", action="store_true", help="8,192 tokens and scattered queries")
     parser.add_argument("--evaluations", type=positive, default=15, help="points of a curve (default: 15)")
-    add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=3, warmup=200, weight_decay=0.01, seed=0)
+    add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=3, convolution=4, warmup=200,
+              weight_decay=0.01, seed=0)  # fmt: skip
 
 
 def setting(pairs: int, zoology: bool) -> tuple[int, int]:
@@ -138,7 +139,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     def compute(kind: str, layers: int, dim: int, pairs: int, rate: float, seed: int) -> dict:
         vocab_size, length = settings[pairs]
-        config = dict(vocab_size=vocab_size, dim=dim, layers=layers, k=arguments.k, pos_dim=arguments.pos_dim)
+        config = dict(vocab_size=vocab_size, dim=dim, layers=layers, k=arguments.k, pos_dim=arguments.pos_dim,
+                      block_options=dict(convolution=arguments.convolution))  # fmt: skip
         options = options_of(arguments, lr=rate, seed=seed, dim=dim, layers=layers, length=length)
 
         def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..flownetwork import FlowNetwork
 from ..models.feedforward import GatedMLP
 from ..models.language import DFNLanguageModel
-from ..models.layers import count_parameters
+from ..models.layers import ShortConvolution, count_parameters
 
 
 class Transformer(nn.Module):
@@ -102,18 +102,24 @@ class TransformerPlus(nn.Module):
     """Transformer++: RoPE, RMSNorm, SwiGLU, no biases; output maps of a block start smaller by the root of 2 layers.
 
     ``window``: attention sees so many places, see `RotaryAttention`. ``dropout``, ``attention_dropout``: as in
-    `Transformer`. Any length.
+    `Transformer`. ``convolution``: of so many places behind every norm of a block, as a `DFNBlock` has it. Any length.
     """
 
     def __init__(self, vocab_size: int = 256, dim: int = 96, layers: int = 4, heads: int = 4, hidden: int | None = None,
-                 window: int | None = None, dropout: float = 0.0, attention_dropout: float = 0.0):  # fmt: skip
+                 window: int | None = None, dropout: float = 0.0, attention_dropout: float = 0.0,
+                 convolution: int = 0):  # fmt: skip
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         hidden = hidden or round(8 * dim / 3)
         self.embed = nn.Embedding(vocab_size, dim)
+
+        def norm() -> nn.Module:
+            rms = nn.RMSNorm(dim, eps=1e-6)
+            return nn.Sequential(rms, ShortConvolution(dim, convolution)) if convolution else rms
+
         self.blocks = nn.ModuleList(
-            nn.ModuleList([nn.RMSNorm(dim, eps=1e-6), RotaryAttention(dim, heads, window, attention_dropout),
-                           nn.RMSNorm(dim, eps=1e-6), GatedMLP(dim, hidden, dim)])
+            nn.ModuleList([norm(), RotaryAttention(dim, heads, window, attention_dropout),
+                           norm(), GatedMLP(dim, hidden, dim)])
             for _ in range(layers)
         )  # fmt: skip
         self.norm, self.head = nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, vocab_size, bias=False)
@@ -157,7 +163,8 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
     """A model of ``kind`` with ``parameters`` (within 2 %), of usual proportions, for sequences of ``length``.
 
     "transformer++" and "window" (of length / 4): 2 layers to 0.2M parameters, 4 to 4M, 6 beyond, d from 12 layers d^2
-    in whole eights per head, and the width of the MLP takes up the rest. "transformer": the same with 8 d^2 a layer.
+    in whole eights per head, and the width of the MLP takes up the rest. "convolved": Transformer++ with convolutions
+    of 4 places. "transformer": the same with 8 d^2 a layer.
     "flownetwork": the mixer variant, whose rank takes up the rest. ``dim`` and ``layers`` may be given instead.
 
     Raises ValueError for another kind, and for a dropout with "flownetwork", which has none.
@@ -177,13 +184,14 @@ def rival(kind: str, parameters: int, length: int, vocab_size: int = 256, *, hea
     build = {
         "transformer++": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, None, **dropouts),
         "window": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, window, **dropouts),
+        "convolved": lambda hidden: TransformerPlus(vocab_size, dim, layers, heads, hidden, convolution=4, **dropouts),
         "transformer": lambda hidden: Transformer(vocab_size, dim, layers, heads, length, hidden, **dropouts),
         "flownetwork": lambda rank: FlowNetworkLogits(vocab_size, dim, layers, length, rank),
     }[kind]
     return fitted(build, parameters)
 
 
-RIVALS = ("transformer++", "window", "transformer", "flownetwork")
+RIVALS = ("transformer++", "window", "convolved", "transformer", "flownetwork")
 KINDS = ("dfn", *RIVALS)
 
 
@@ -203,8 +211,8 @@ def contender(kind: str, dfn: dict, length: int, *, same_shape: bool = False, dr
               attention_dropout: float = 0.0) -> nn.Module:  # fmt: skip
     """ "dfn" with the arguments ``dfn``, or a rival with as many parameters; ``same_shape``: as many layers, same d."""
     if kind == "dfn":
-        options = dict(dropout=dropout, attention_dropout=attention_dropout)
-        return DFNLanguageModel(**dfn, **({"block_options": options} if any(options.values()) else {}))
+        options = dict(**(dfn.get("block_options") or {}), dropout=dropout, attention_dropout=attention_dropout)
+        return DFNLanguageModel(**{**dfn, "block_options": options})
     with torch.device("meta"):
         parameters = count_parameters(DFNLanguageModel(**dfn))
     shape = {name: dfn[name] for name in ("dim", "layers")} if same_shape else {}

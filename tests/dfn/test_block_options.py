@@ -1,6 +1,7 @@
 """The switches of a block and what a model makes of them: every one changes what it says and nothing else."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dfn.models.layers import (
     DynamicFlowAttention,
     EntityPositions,
     FlowMixer,
+    ShortConvolution,
     count_parameters,
     recommended_heads,
 )
@@ -23,14 +25,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(vocab_size=19, dim=20, layers=2, heads=4, pos_dim=2, k=5)
 OPTIONS = [
     dict(mlp="gelu"), dict(norm="layer"), dict(bias=True), dict(output_scale=0.7), dict(semantic=0), dict(semantic=2),
-    dict(sigma=0.3), dict(normalize=False), dict(receiver_flow=False), dict(salience=False),
+    dict(sigma=0.3), dict(normalize=False), dict(receiver_flow=False), dict(salience=False), dict(convolution=0),
     FIRST_BLOCK, dict(mlp="gelu", norm="layer", bias=True, output_scale=0.7, semantic=2),
 ]  # fmt: skip
 
 
 def model(**options):
     torch.manual_seed(3)
-    return DFNLanguageModel(**SIZES, block_options=options)
+    return unlike_at_the_start(DFNLanguageModel(**SIZES, block_options=options))
+
+
+def unlike_at_the_start(model):
+    """A convolution lets everything through at first: here it does not."""
+    for module in model.modules():
+        if isinstance(module, ShortConvolution):
+            nn.init.normal_(module.weight)
+    return model
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -60,6 +70,18 @@ def test_generation_is_the_forward_pass(options):
     torch.testing.assert_close(torch.stack(parts, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("prompt", [1, 2, 9])
+def test_generation_with_a_convolution_and_a_memory(prompt):
+    """Also after a prompt that is shorter than what a convolution looks back at."""
+    torch.manual_seed(3)
+    one, ids = unlike_at_the_start(DFNLanguageModel(**SIZES, memory_size=6)).eval(), torch.randint(19, (2, 17))
+    with torch.no_grad():
+        memory = one(ids.flip(1))[1]
+        whole, decoder = one(ids, memory)[0], Decoder(one, memory=memory)
+        parts = [decoder(ids[:, :prompt]), *(decoder(ids[:, i : i + 1]) for i in range(prompt, 17))]
+    torch.testing.assert_close(torch.stack(parts, 1), whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
 def test_sums_do_not_generate():
     with pytest.raises(ValueError, match="normalize=True, got False"):
         model(normalize=False).generate(torch.zeros(1, 3, dtype=torch.long), 2)
@@ -67,7 +89,8 @@ def test_sums_do_not_generate():
 
 def test_defaults():
     explicit = dict(mlp="swiglu", norm="rms", bias=False, output_scale=0.5, dropout=0.0, attention_dropout=0.0,
-                    semantic=None, sigma=1.0, normalize=True, receiver_flow=True, salience=True)  # fmt: skip
+                    semantic=None, sigma=1.0, normalize=True, receiver_flow=True, salience=True,
+                    convolution=4)  # fmt: skip
     ids = torch.randint(19, (1, 9))
     assert torch.equal(model()(ids)[0], model(**explicit)(ids)[0])
 
@@ -183,3 +206,44 @@ def test_what_cannot_be(options, said):
 def test_rms_has_one_gain():
     norm = DFNBlock(8, norm="rms").norm
     assert isinstance(norm, nn.RMSNorm) and count_parameters(norm) == 8
+
+
+def test_short_convolution():
+    """The formula, channel by channel; sequences packed together, one shorter than it looks back, and none at all."""
+    one, x = ShortConvolution(5, 3), torch.randn(2, 11, 5, dtype=torch.float64)
+    assert torch.equal(one.double()(x), x)  # at the start
+    with torch.no_grad():
+        c = one.weight.normal_()
+    want = sum(
+        c[t] * torch.stack([x[:, i - t] if i >= t else torch.zeros(2, 5) for i in range(11)], 1) for t in range(3)
+    )
+    torch.testing.assert_close(one(x), want)
+    ptr = torch.tensor([0, 1, 1, 7, 11])
+    alone = torch.cat([one(x[:, a:b]) for a, b in pairwise(ptr.tolist())], 1)
+    torch.testing.assert_close(one(x, ptr), alone)
+    before = torch.zeros(2, 2, 5, dtype=torch.float64)
+    for i in range(11):
+        torch.testing.assert_close(one.step(x[:, i], before), want[:, i])
+        before = torch.cat([before, x[:, i : i + 1]], 1)[:, 1:]
+    assert torch.autograd.gradcheck(one, x[:1, :4].requires_grad_())
+
+
+def test_models_of_before_the_convolution():
+    """Their weights load, into the same model; a block that everybody may read from has no order to look back in."""
+    before, ids = model(convolution=0), torch.randint(19, (2, 11))
+    now = model()
+    now.load_state_dict(before.state_dict())
+    assert torch.equal(now(ids)[0], before(ids)[0])
+    with pytest.raises(ValueError, match="convolution must be 0 with causal=False, got 4"):
+        DFNBlock(8, 2, 2, 3, convolution=4)
+
+
+def test_a_convolution_lets_padding_be():
+    """Rows beyond `lengths` change nothing, and pass through."""
+    torch.manual_seed(5)
+    block = DFNBlock(12, 2, 3, 4, causal=True, convolution=3)
+    nn.init.normal_(block.convolution.weight)
+    states, places, lengths = torch.randn(2, 9, 12), torch.randn(2, 2, 9, 3), torch.tensor([4, 9])
+    out = block(states, places, lengths=lengths)[0]
+    torch.testing.assert_close(out[:1, :4], block(states[:1, :4], places[:1, :, :4])[0])
+    assert torch.equal(out[0, 4:], states[0, 4:])

@@ -63,7 +63,7 @@ def plain_block(block: DFNBlock, x, p):
     """The block in plain PyTorch, all distances at once."""
     a = block.attention
     B, N, d = x.shape
-    s = block.norm(x)
+    s = block.said(x)
     f = a.flow(s).view(B, N, a.heads, a.pos_dim).transpose(1, 2)
     p = p + a.alpha.view(1, -1, 1, 1) * f
     r = a.receiver(s).view(B, N, a.heads, a.pos_dim).transpose(1, 2)

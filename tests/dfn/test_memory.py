@@ -144,11 +144,11 @@ def test_time_goes_on_between_segments():
     block = model.blocks[0]
     with torch.no_grad():
         states = model.embed(ids)
-        whole = block.attention(block.norm(states), model.positions(states))[0]
+        whole = block.attention(block.said(states), model.positions(states))[0]
         _, memory = model(ids[:, :6])
         _, memory = model(ids[:, 6:14], memory)
         late = model.embed(ids[:, 14:])
-        found, _ = block.attention(block.norm(late), model.positions(late), memory=memory)
+        found, _ = block.attention(block.said(late), model.positions(late), memory=memory)
     torch.testing.assert_close(found, whole[:, 14:], rtol=1e-3, atol=1e-4)
 
 

@@ -229,7 +229,7 @@ def test_ablated(without):
         x, block = model.embed(ids), model.blocks[0]
         start = model.positions(x)
         states, positions = block(x, start)
-        s = block.norm(x)
+        s = block.said(x)
         y, drift = block.attention(s, start)
         divided = states - x - block.out(y)
         whole_update = block.mlp(torch.cat([s, y], -1))

@@ -91,8 +91,8 @@ def test_what_is_drawn_is_what_is_read(options):
     stage, attention = trace(model, ids)[-1], last.attention
     states = model.embed(ids)
     states, positions = first(states, model.positions(states))
-    read = attention(last.norm(states), positions)[0][0, -1].view(attention.heads, -1)
-    values = attention.split(attention.value(last.norm(states)))[0]
+    read = attention(last.said(states), positions)[0][0, -1].view(attention.heads, -1)
+    values = attention.split(attention.value(last.said(states)))[0]
     for h in range(attention.heads):
         near, share = neighbours(attention, stage, h, 22)
         torch.testing.assert_close((share[:, None] * values[h][near]).sum(0), read[h])

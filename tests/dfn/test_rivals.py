@@ -52,7 +52,7 @@ def test_equal_parameters(kind, size):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["dfn", "transformer++", "window", "transformer"])
+@pytest.mark.parametrize("kind", ["dfn", "transformer++", "window", "convolved", "transformer"])
 def test_dropout(kind):
     """In training it changes what comes out; trained or not, it costs no parameter and leaves judging as it is."""
     build = lambda **share: contender(kind, DFN, 16, **share)  # noqa: E731

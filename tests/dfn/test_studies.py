@@ -65,8 +65,8 @@ def test_language(text, tmp_path, capsys):
     assert study(*arguments) == 0
     found, said = is_whole(tmp_path / "a"), capsys.readouterr().out
     table = (tmp_path / "a" / "study.md").read_text()
-    assert table in said and len(found["cells"]) == 5 * 3  # two rates on the first seed, the better on the second
-    for kind in ("dfn", "transformer++", "window", "transformer", "flownetwork"):
+    assert table in said and len(found["cells"]) == 6 * 3  # two rates on the first seed, the better on the second
+    for kind in ("dfn", "transformer++", "window", "convolved", "transformer", "flownetwork"):
         mine = {key: c for key, c in found["cells"].items() if key.startswith(f"{kind}/")}
         ends = {key: c["value"] for key, c in mine.items() if key.endswith("/0")}
         assert {key.split("/")[1] for key in mine if key.endswith("/1")} == {min(ends, key=ends.get).split("/")[1]}
@@ -179,7 +179,7 @@ def test_length(text, tmp_path):
 
 def test_semantic_heads():
     """Of the model that the study calls so, and of `dfn train text --semantic`; the others have one of four."""
-    asked = argparse.Namespace(k=4, pos_dim=3, parameters="0.1M", memory_size=5, length=16)
+    asked = argparse.Namespace(k=4, pos_dim=3, convolution=4, parameters="0.1M", memory_size=5, length=16)
     for kind, heads, memory in (("dfn", 1, 0), ("semantic", 2, 0), ("semantic, memory", 2, 5), ("dfn, memory", 1, 5)):
         model = length.model_of(kind, 31, asked)
         assert model.positions.semantic == heads and model.config["memory_size"] == memory
