@@ -21,7 +21,7 @@ from .runs.threads import fast_threads
 from .training.text import batches, load_corpus
 from .training.trainer import History, Trainer
 
-MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=3, k=16)
+MODEL = dict(vocab_size=256, dim=128, layers=3, heads=4, pos_dim=8, k=16)
 TRAINING = dict(lr=6e-3, warmup=100)
 LENGTH, BATCH = 128, 16
 GLANCES = 16  # stretches of 2 KiB of the held-out bytes that the evaluations during training look at

@@ -216,3 +216,13 @@ def sound(path, samples: int = 4000) -> None:
         file.setsampwidth(2)
         file.setframerate(8000)
         file.writeframes((3000 * torch.randn(samples)).short().numpy().tobytes())
+
+
+def unlike_at_the_start(model: torch.nn.Module) -> torch.nn.Module:
+    """A convolution lets everything through at first: here it does not, so that what it does shows."""
+    from dfn.models.layers import ShortConvolution
+
+    for module in model.modules():
+        if isinstance(module, ShortConvolution):
+            torch.nn.init.normal_(module.weight)
+    return model

@@ -45,7 +45,7 @@ class DFNLanguageModel(nn.Module):
     Raises: ValueError (sizes, a memory of other sizes or for a model without one), TypeError (not a MemoryState).
     """
 
-    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 3,
+    def __init__(self, vocab_size: int = 256, dim: int = 128, layers: int = 3, heads: int = 4, pos_dim: int = 8,
                  k: int = 16, *, memory_size: int = 0, block_options: dict[str, Any] | None = None):  # fmt: skip
         super().__init__()
         are_sizes("DFNLanguageModel", vocab_size=vocab_size, layers=layers)
@@ -101,6 +101,10 @@ class DFNLanguageModel(nn.Module):
             raise ValueError("DFNLanguageModel: memory must be None with memory_size=0")
         if not isinstance(memory, MemoryState):
             raise TypeError(f"DFNLanguageModel: memory must be a MemoryState, got {type(memory).__name__}")
+        want, got = (self.memory.pos_dim, self.memory.dim), tuple(x.shape[-1] for x in memory[:2])
+        if got != want:
+            sizes = "memory must hold positions and states of {} and {} dimensions, got {} and {}"
+            raise ValueError("DFNLanguageModel: " + sizes.format(*want, *got))
 
     @torch.no_grad()
     def generate(

@@ -44,7 +44,7 @@ class Recorded(NamedTuple):
 def record(steps: int = 180, every: int = 3, seed: int = 0) -> Recorded:
     """Trains a model for so many steps and looks at it every so often."""
     torch.manual_seed(seed)
-    model = DFNLanguageModel(vocab_size=2 * KEYS, dim=64, layers=2, pos_dim=2)
+    model = DFNLanguageModel(vocab_size=2 * KEYS, dim=64, layers=2, pos_dim=2, block_options=dict(convolution=0))
     generator = torch.Generator().manual_seed(seed + 1)
     keys = torch.randperm(KEYS, generator=generator)[:PAIRS]
     values = torch.randperm(10, generator=generator)[:PAIRS]  # of one digit, so that they fit into their dots

@@ -112,7 +112,7 @@ def move(batch, device: torch.device):
 class Text(Task):
     """a causal language model of bytes"""
 
-    defaults = dict(dim=128, layers=3, pos_dim=3, k=16, warmup=100)
+    defaults = dict(dim=128, layers=3, pos_dim=8, k=16, warmup=100)
     own = ("data", "length", "memory_size", "pack", "without", "block", "semantic", "dropout",
            "convolution", "attention_dropout", "confidence_penalty")  # fmt: skip
     unit, counted, partial = "bits", "bytes", False

@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
     parser.add_argument("--corpus", type=positive, help="train on the first so many bytes only (default: all)")
     parser.add_argument("--evaluations", type=positive, default=12, help="points of a curve (default: 12)")
-    add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=3, warmup=100,
+    add_flags(parser, "study-language", data=None, steps=3600, batch=16, length=256, k=16, pos_dim=8, warmup=100,
               convolution=4, weight_decay=0.01, dropout=0.0, attention_dropout=0.0, confidence_penalty=0.0,
               seed=0)  # fmt: skip
 

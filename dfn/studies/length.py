@@ -111,7 +111,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--span", type=positive, default=1, help="symbols of a needle (default: 1; 8 is a copy)")
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-3], help="learning rates to try (default: 6e-3)")
     parser.add_argument("--memory-size", type=positive, default=256, help="of the DFN with a memory (default: 256)")
-    add_flags(parser, "study-length", data=None, steps=2000, batch=8, length=512, k=16, pos_dim=3, convolution=4,
+    add_flags(parser, "study-length", data=None, steps=2000, batch=8, length=512, k=16, pos_dim=8, convolution=4,
               warmup=100, weight_decay=0.01, seed=0)  # fmt: skip
 
 

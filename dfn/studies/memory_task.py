@@ -7,7 +7,7 @@ from ..models.language import DFNLanguageModel
 from ..training.trainer import Trainer
 
 KEYS, VALUES = 6, 4
-CONFIG = dict(vocab_size=(KEYS + 1) * VALUES + KEYS, dim=32, layers=1, k=8, memory_size=32)
+CONFIG = dict(vocab_size=(KEYS + 1) * VALUES + KEYS, dim=32, layers=1, pos_dim=3, k=8, memory_size=32)
 
 
 def two_segments(batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

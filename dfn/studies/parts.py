@@ -74,7 +74,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lines", nargs="+", choices=("all", *LINES), default=["all"], help="lines of the table")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--judged", type=positive, default=2**18, help="held-out bytes judged on (default: 262,144)")
-    add_flags(parser, "study-parts", data=None, steps=2000, batch=16, length=128, dim=96, layers=3, heads=4, pos_dim=3,
+    add_flags(parser, "study-parts", data=None, steps=2000, batch=16, length=128, dim=96, layers=3, heads=4, pos_dim=8,
               k=16, memory_size=MEMORY, convolution=4, lr=6e-3, warmup=100, weight_decay=0.01, seed=0)  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> dict:
     def recall(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:
         options = options_of(arguments, seed=seed, length=6 * PAIRS, memory_size=0, **RECALL_OPTIONS)
         draw = lambda batch, generator: recall_batch(batch, PAIRS, generator=generator)  # noqa: E731
-        build = lambda: DFNLanguageModel(**change(block(RECALL, convolution=arguments.convolution)))  # noqa: E731
+        lookup = {**RECALL, "pos_dim": arguments.pos_dim}
+        build = lambda: DFNLanguageModel(**change(block(lookup, convolution=arguments.convolution)))  # noqa: E731
         return study.trained(lambda o: Recall(o, build, draw), options, folder)[1]
 
     def segments(change: Callable[[dict], dict], seed: int, folder: Path) -> dict:

@@ -117,7 +117,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates to try")
     parser.add_argument("--zoology", action="store_true", help="8,192 tokens and scattered queries")
     parser.add_argument("--evaluations", type=positive, default=15, help="points of a curve (default: 15)")
-    add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=3, convolution=4, warmup=200,
+    add_flags(parser, "study-recall", steps=1500, batch=32, k=16, pos_dim=8, convolution=4, warmup=200,
               weight_decay=0.01, seed=0)  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import unlike_at_the_start
 from torch import nn
 
 from dfn.models.decoding import Decoder
@@ -33,14 +34,6 @@ OPTIONS = [
 def model(**options):
     torch.manual_seed(3)
     return unlike_at_the_start(DFNLanguageModel(**SIZES, block_options=options))
-
-
-def unlike_at_the_start(model):
-    """A convolution lets everything through at first: here it does not."""
-    for module in model.modules():
-        if isinstance(module, ShortConvolution):
-            nn.init.normal_(module.weight)
-    return model
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED
+from helpers import DEVICE, INTERPRETED, unlike_at_the_start
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -83,7 +83,7 @@ MODELS = {
     "block": (lambda: DFNBlock(DIM, k=4), lambda: (torch.randn(2, 11, DIM), torch.randn(2, 4, 11, 3))),
     "mixer": (lambda: FlowMixer(DIM, k=4), lambda: (torch.randn(2, 11, DIM),)),
     "language": (
-        lambda: DFNLanguageModel(31, DIM, 2, k=4, memory_size=5),
+        lambda: unlike_at_the_start(DFNLanguageModel(31, DIM, 2, k=4, memory_size=5)),
         lambda: (torch.randint(31, (2, 11)), DFNLanguageModel(31, DIM, 1, memory_size=5)(torch.randint(31, (2, 9)))[1]),
     ),
     **{

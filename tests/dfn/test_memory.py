@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import same_bits, unlike_at_the_start
 from torch import nn
 
 from dfn.models.language import DFNLanguageModel
@@ -98,7 +98,7 @@ def test_survives_a_checkpoint():
 
 def test_an_empty_memory_changes_nothing_and_a_far_entity_neither():
     torch.manual_seed(0)
-    block = DFNLanguageModel(16, 24, 1).blocks[0]
+    block = DFNLanguageModel(16, 24, 1, pos_dim=3).blocks[0]
     states, positions = torch.randn(2, 13, 24), torch.randn(2, 4, 13, 3)
     plain = block(states, positions)
     empty = PersistentFieldMemory(5, 24, 12).initial_state(2)
@@ -111,7 +111,7 @@ def test_an_empty_memory_changes_nothing_and_a_far_entity_neither():
 def test_memory_is_read_as_more_entities():
     """A memory of what came before, and the sequence alone, as attention over both."""
     torch.manual_seed(0)
-    attention = DFNLanguageModel(16, 24, 1, k=64).blocks[0].attention
+    attention = DFNLanguageModel(16, 24, 1, pos_dim=3, k=64).blocks[0].attention
     states, positions = torch.randn(1, 20, 24), torch.randn(1, 4, 20, 3)
     whole, drift = attention(states, positions)
     held = drift.positions[:, :, :12].transpose(1, 2).flatten(2)
@@ -121,7 +121,7 @@ def test_memory_is_read_as_more_entities():
 
 
 def test_model_is_causal_across_segments_to_the_bit():
-    model = DFNLanguageModel(31, 24, 2, memory_size=20).eval()
+    model = unlike_at_the_start(DFNLanguageModel(31, 24, 2, pos_dim=3, memory_size=20)).eval()
     with torch.no_grad():
         _, memory = model(torch.randint(31, (2, 17)))
         ids = torch.randint(31, (2, 23))

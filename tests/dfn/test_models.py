@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import check_compiled_module, same_bits
+from helpers import check_compiled_module, same_bits, unlike_at_the_start
 
 from dfn.models import decoding
 from dfn.models.decoding import Decoder, Scan, Stream
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**options):
-    return DFNLanguageModel(**{**dict(vocab_size=31, dim=24, layers=2, k=5), **options})
+    return unlike_at_the_start(DFNLanguageModel(**{**dict(vocab_size=31, dim=24, layers=2, k=5), **options}))
 
 
 def test_causal_to_the_bit():
@@ -103,7 +103,7 @@ def test_decoder_makes_room(monkeypatch):
 
 
 def test_generation_reads_the_memory():
-    model = small(memory_size=12)
+    model = small(memory_size=12, pos_dim=3)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -184,13 +184,14 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(max_new_tokens=1, **arguments)
-    memory = PersistentFieldMemory(4, 24, 12).initial_state(2)
+    memory, other = (PersistentFieldMemory(4, 24, n).initial_state(2) for n in (32, 12))
     for call, error, message in (
         (lambda: small(memory_size=-1), ValueError, "memory_size must be at least 0, got -1"),
         (lambda: small(layers=0), ValueError, "layers must be at least 1, got 0"),
         (lambda: model(ids, memory), ValueError, "memory must be None with memory_size=0"),
         (lambda: small(memory_size=4)(ids, (1, 2, 3)), TypeError, "memory must be a MemoryState, got tuple"),
         (lambda: small(memory_size=4)(ids, memory), ValueError, r"extra_positions must have shape \[B, H, E, D\]"),
+        (lambda: small(memory_size=4)(ids, other), ValueError, "states of 32 and 24 dimensions, got 12 and 24"),
         (lambda: ablated({}, "hope"), ValueError, "without must be one of flow, memory, .*, got 'hope'"),
     ):
         with pytest.raises(error, match=message):
