@@ -62,6 +62,7 @@ CANDIDATES: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "output": ("output maps start as others do", lambda c: block(c, output_scale=1.0)),
     "first": ("the block of before December 2026", lambda c: block(c, **FIRST_BLOCK)),
     "deeper": ("twice the layers, narrower", deeper),
+    "dimensions3": ("positions in three dimensions", lambda c: {**c, "pos_dim": 3}),
     "semantic2": ("two semantic heads", lambda c: block(c, semantic=2)),
     "sigma0.5": ("half the sigma at the start", lambda c: block(c, sigma=0.5)),
     "sigma2": ("twice the sigma at the start", lambda c: block(c, sigma=2.0)),

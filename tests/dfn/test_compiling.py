@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DEVICE, INTERPRETED, same_bits
+from helpers import DEVICE, INTERPRETED, same_bits, unlike_at_the_start
 from torch._dynamo.utils import counters
 
 from dfn.flownetwork import FlowNetwork
@@ -141,7 +141,7 @@ MODELS = {
     "layer": lambda: DFNLayer(DIM),
     "block": lambda: DFNBlock(DIM),
     "mixer": lambda: FlowMixer(DIM),
-    "language": lambda: DFNLanguageModel(31, DIM, 2, memory_size=5),
+    "language": lambda: unlike_at_the_start(DFNLanguageModel(31, DIM, 2, memory_size=5)),
     "classifier": lambda: DFNClassifier(9, 5, DIM),
     "network": lambda: FlowNetwork(31, DIM, 2, 3, mixer="flow_attention"),
     "low rank": lambda: FlowNetwork(31, DIM, 2, 3, rank=4, tie_output=True),

@@ -15,6 +15,7 @@ from helpers import INTERPRETED
 
 import dfn
 from dfn import cli, runs
+from dfn.models.layers import FIRST_BLOCK
 from dfn.runs.options import KINDS, Options, UsageError
 from dfn.runs.run import Run
 
@@ -77,6 +78,8 @@ def failed(capsys, code, *arguments):
         (["train", "text", "--confidence-penalty", -0.1], "confidence_penalty must be at least 0, got -0.1"),
         (["train", "text", "--semantic", 4], "semantic must be between 0 and 3, got 4"),
         (["train", "text", "--semantic", 2, "--without", "heads"], "semantic must be between 0 and 1, got 2"),
+        (["train", "text", "--block", "first", "--convolution", 3], "convolution must be 0 with --block first, got 3"),
+        (["train", "digits", "--convolution", 3], "--convolution has no meaning for digits"),
         (["eval", "memory", "--run", "x"], "--run has no meaning for memory"),
         (["study", "recall", "--pairs", 65], "pairs must be at most 64"),
         (["train", "text", "--init", "/does/not/exist"], "--init: /does/not/exist holds no checkpoint"),
@@ -256,3 +259,14 @@ def test_ctrl_c_during_the_import_prints_no_traceback():
         _, err = process.communicate(timeout=60)
         assert "Traceback" not in err, err
         assert process.returncode in (1, 2)  # 2: it was through, and said how it is used
+
+
+def test_runs_of_before_go_on_as_they_were():
+    """Checkpoints that do not say which block they have, or whether it has a convolution."""
+    before = Options.restored({"options": dict(kind="text", dim=16)}, "a run")
+    then = Options.restored({"options": dict(kind="text", dim=16, block="recommended")}, "a run")
+    now = Options.of("text", dim=16)
+    names = [[name for name, _ in KINDS["text"](o).model().named_parameters()] for o in (before, then, now)]
+    assert ["blocks.0.convolution.weight" in found for found in names] == [False, False, True]
+    assert ["blocks.0.attention.salience.weight" in found for found in names] == [False, True, True]
+    assert KINDS["text"](Options.of("text", block="first")).model().config["block_options"] == FIRST_BLOCK
