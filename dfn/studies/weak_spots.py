@@ -26,7 +26,7 @@ from .cells import Study, asked, markdown, options_of, positive, spread, where
 TASKS = {"digits": "digits, % right held out", "copy": "copy, nats of what can be known"}
 HEAD_STEPS = 1500
 DIGITS = dict(steps=440, batch=16, dim=32, layers=2, heads=4, pos_dim=3, k=16, lr=6e-3, warmup=50)
-COPY = dict(steps=500, batch=32, dim=32, layers=1, heads=4, pos_dim=3, k=16, lr=3e-3, warmup=50, length=12)
+COPY = dict(steps=500, batch=32, dim=32, layers=1, heads=4, pos_dim=8, k=16, lr=3e-3, warmup=50, length=12)
 SYMBOLS = 16  # of the copy
 GRID = (8, 8)
 
