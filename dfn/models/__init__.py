@@ -3,7 +3,16 @@
 from .decoding import Decoder
 from .field_models import DFNClassifier, DFNFieldModel
 from .language import ABLATIONS, DFNLanguageModel, ablated, sample
-from .layers import FIRST_BLOCK, DFNBlock, DFNLayer, DynamicFlowAttention, EntityPositions, FlowMixer, FlowNorm
+from .layers import (
+    FIRST_BLOCK,
+    DFNBlock,
+    DFNLayer,
+    DynamicFlowAttention,
+    EntityPositions,
+    FlowMixer,
+    FlowNorm,
+    ShortConvolution,
+)
 from .memory import MemoryState, PersistentFieldMemory
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "FlowNorm",
     "MemoryState",
     "PersistentFieldMemory",
+    "ShortConvolution",
     "ablated",
     "sample",
 ]
