@@ -220,7 +220,7 @@ def sound(path, samples: int = 4000) -> None:
 
 def unlike_at_the_start(model: torch.nn.Module) -> torch.nn.Module:
     """A convolution lets everything through at first: here it does not, so that what it does shows."""
-    from dfn.models.layers import ShortConvolution
+    from dfn.models import ShortConvolution
 
     for module in model.modules():
         if isinstance(module, ShortConvolution):

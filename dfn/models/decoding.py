@@ -184,8 +184,7 @@ class Decoder:
         self.count = torch.tensor([ids.shape[1]], device=ids.device)
         search = self.search or (Stream if ids.device.type == "cpu" and can_stream() else Scan)
         for block in self.model.blocks:
-            a, normed = block.attention, block.norm(states)
-            s = normed if block.convolution is None else block.convolution(normed)
+            a, s = block.attention, block.said(states)
             memory = self.memory if block is self.model.blocks[-1] else None
             y, drift = a(s, positions, memory=memory)
             points, values = drift.positions.flatten(0, 1), a.split(a.value(s)).flatten(0, 1)
@@ -196,7 +195,8 @@ class Decoder:
                 seen.loudness = padded(loudness[..., None], self.capacity)
             if block.convolution is not None:
                 back = len(block.convolution.weight) - 1
-                seen.latest = nn.functional.pad(normed, (0, 0, back, 0))[:, normed.shape[1] :].clone()
+                recent = block.norm(states[:, max(0, ids.shape[1] - back) :])
+                seen.latest = nn.functional.pad(recent, (0, 0, back - recent.shape[1], 0))
             if memory is not None:
                 seen.remember(a, memory)
             self.seen.append(seen)

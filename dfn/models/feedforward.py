@@ -1,7 +1,11 @@
-"""What stands around the attention of a block: the gated MLP and the norms."""
+"""What stands around the attention of a block: the gated MLP, the norms and the short convolution."""
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
+
+from dfn_kernels._checks import are_sizes
+from dfn_kernels.packed import place_in_set
 
 
 class GatedMLP(nn.Module):
@@ -19,3 +23,48 @@ class GatedMLP(nn.Module):
 def make_norm(norm: str, dim: int, bias: bool = True) -> nn.Module:
     """ "layer" or "rms"."""
     return nn.LayerNorm(dim, bias=bias) if norm == "layer" else nn.RMSNorm(dim, eps=1e-6)
+
+
+class ShortConvolution(nn.Module):
+    """``y_i = sum_{t < W} c_t * x_{i - t}``, channel by channel: ``[B, N, d] -> [B, N, d]``; before the first lies 0.
+
+    c_0 is 1 and the others are 0 at the start: it lets everything through, as it is. ``ptr``, int64 ``[S + 1]``: the
+    offsets of sequences packed along N, of which none looks into the one before it.
+
+    Source: Fu et al., Hungry hungry hippos (2023), section 3, where it is called a shift.
+    """
+
+    undecayed = ("weight",)  # see `parameter_groups`
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        are_sizes("ShortConvolution", dim=dim, width=width)
+        self.weight = nn.Parameter(torch.eye(width)[:, :1].repeat(1, dim))  # [W, d], c_0 first
+        self.register_load_state_dict_pre_hook(with_no_convolution)
+
+    def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
+        N, W = x.shape[1], len(self.weight)
+        before = pad(x, (0, 0, W - 1, 0))
+        y = x * self.weight[0]
+        place = None if ptr is None else place_in_set(ptr, N)
+        for t in range(1, W):
+            earlier = before[:, W - 1 - t : W - 1 - t + N]
+            if place is not None:
+                earlier = earlier.masked_fill((place < t)[:, None], 0)
+            y = y + earlier * self.weight[t]
+        return y
+
+    def step(self, x: Tensor, before: Tensor) -> Tensor:
+        """One entity more, ``[B, d] -> [B, d]``; ``before [B, W - 1, d]``, those before it, the latest last."""
+        return (torch.cat([before, x[:, None]], 1) * self.weight.flip(0)).sum(1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, width={len(self.weight)}"
+
+
+def with_no_convolution(convolution: ShortConvolution, state: dict, prefix: str, *_) -> None:
+    """A checkpoint from before there was one: it is the same model with one that lets everything through."""
+    if prefix + "weight" not in state:
+        weight = torch.zeros_like(convolution.weight)
+        weight[0] = 1
+        state[prefix + "weight"] = weight

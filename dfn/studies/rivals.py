@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flownetwork import FlowNetwork
-from ..models.feedforward import GatedMLP
+from ..models.feedforward import GatedMLP, ShortConvolution
 from ..models.language import DFNLanguageModel
-from ..models.layers import ShortConvolution, count_parameters
+from ..models.layers import count_parameters
 
 
 class Transformer(nn.Module):

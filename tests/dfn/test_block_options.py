@@ -9,7 +9,7 @@ from helpers import unlike_at_the_start
 from torch import nn
 
 from dfn.models.decoding import Decoder
-from dfn.models.feedforward import GatedMLP
+from dfn.models.feedforward import GatedMLP, ShortConvolution
 from dfn.models.language import DFNLanguageModel
 from dfn.models.layers import (
     FIRST_BLOCK,
@@ -17,7 +17,6 @@ from dfn.models.layers import (
     DynamicFlowAttention,
     EntityPositions,
     FlowMixer,
-    ShortConvolution,
     count_parameters,
     recommended_heads,
 )
