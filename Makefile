@@ -28,8 +28,8 @@ demo: env
 OF_THREE := $(foreach op,gaussian_gather pattern_route,$(op) $(op)_inputs $(op)_promises)
 
 # The interpreter is slow: here the ops that have Triton kernels of their own; what is composed of them, in `make check`.
-INTERPRETED := $(foreach op,$(OF_THREE) gather_plan flow_drift flow_norm knn knn_triton knn_hypothesis launches \
-  routes packed farthest_points,tests/kernels/test_$(op).py)
+INTERPRETED := $(foreach op,$(OF_THREE) gather_plan flow_drift flow_norm short_convolution knn knn_triton knn_hypothesis \
+  launches routes packed farthest_points,tests/kernels/test_$(op).py)
 
 # In tests, threads that wait for work sleep: on a busy machine spinning ones make the tests ten times slower.
 test check sanitize: export OMP_WAIT_POLICY = passive
@@ -49,7 +49,7 @@ check: lint test sanitize tsan fuzz wheel
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on the op tests and on nonsense. torch itself is not
 # instrumented. Line tables only (-g1): with full debug information GCC takes twice as long.
-SANITIZED := $(foreach op,flow_drift flow_norm knn streaming_knn $(OF_THREE) gather_plan flow_attention \
+SANITIZED := $(foreach op,flow_drift flow_norm short_convolution knn streaming_knn $(OF_THREE) gather_plan flow_attention \
   quantized_route route_density robustness packed farthest_points compat_torch_cluster,tests/kernels/test_$(op).py)
 sanitize: env
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \

@@ -75,6 +75,14 @@ def our_norm(states, energy):
     return dk.flow_norm(states, energy, mode="causal")
 
 
+# ---- short_convolution ----------------------------------------------------------------------------------------------
+def make_convolution(B, N, d, W, *, device, dtype):
+    return {
+        "x": torch.randn(B, N, d, device=device, dtype=dtype),
+        "weight": torch.randn(W, d, device=device) / W**0.5,
+    }
+
+
 # ---- knn ------------------------------------------------------------------------------------------------------------
 def make_points(B, N, D, k, *, device, dtype):
     return {"positions": torch.rand(B, N, D, device=device), "k": k}
@@ -213,6 +221,13 @@ def _norm_case(N, **options):
                 **options)  # fmt: skip
 
 
+def _convolution_case(N, **options):
+    return Case("short_convolution", dict(B=4, N=N, d=256, W=4), make_convolution, dk.short_convolution,
+                {"F.conv1d": peers.depthwise_convolution, "shifted sums": peers.shifted_sums}, grads=("x", "weight"),
+                small=dict(B=2, N=67, d=37, W=3), compiled=("shifted sums",),
+                work=lambda B, N, d, W, itemsize: (B * N * 2 * d * itemsize, 2 * B * N * d * W), **options)  # fmt: skip
+
+
 def _gather_case(B, H, N, D, c, k, **options):
     return Case(
         "gaussian_gather",
@@ -300,6 +315,8 @@ CASES = [
     _drift_case(8192),
     _drift_case(65_536, gpu_only=True, goals={"forward float32": 0.075, "forward bfloat16": 0.055}),
     _norm_case(8192),
+    _convolution_case(8192),
+    _convolution_case(65_536, gpu_only=True),
     _norm_case(65_536, gpu_only=True,  # forward: a copy of the states
                goals={"forward float32": 0.13, "forward bfloat16": 0.068, "training float32": 0.4}),
     _knn_case(32_768, 3, 16, goals={"forward float32": 0.4}),
@@ -351,8 +368,9 @@ def chosen(cases: list[Case], only: str) -> list[Case]:
 
 # One case an op, for the demo's table: small enough that the reference, too, answers at once.
 QUICK = {
-    "flow_drift": dict(B=1), "flow_norm": dict(B=1), "knn": dict(N=8192), "gaussian_gather": dict(N=16_384),
-    "flow_attention": dict(N=2048), "pattern_route": {}, "low_rank_route": dict(T=1024), "field_sample": {},
+    "flow_drift": dict(B=1), "flow_norm": dict(B=1), "short_convolution": dict(B=1), "knn": dict(N=8192),
+    "gaussian_gather": dict(N=16_384), "flow_attention": dict(N=2048), "pattern_route": {},
+    "low_rank_route": dict(T=1024), "field_sample": {},
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ import dfn_kernels as dk
 from . import report
 
 N, d, D, k, P = 64, 32, 3, 8, 4
-GOALS = {"flow_drift": (8, 3), "flow_norm": (8, 3), "knn": (8, 3), "gaussian_gather": (10, 3), "pattern_route": (8, 3)}
+GOALS = {"flow_drift": (8, 3), "flow_norm": (8, 3), "short_convolution": (8, 3), "knn": (8, 3),
+         "gaussian_gather": (10, 3), "pattern_route": (8, 3)}  # fmt: skip
 BASE = "F.linear"
 
 
@@ -46,6 +47,7 @@ def cases(device: str) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, .
         "a bare Function": (Bare.apply, (x,)),
         "flow_drift": (lambda *args: dk.flow_drift(*args).positions, (x, p, rand(D, d), rand(D))),
         "flow_norm": (dk.flow_norm, (x, rand(N))),
+        "short_convolution": (dk.short_convolution, (x, rand(4, d))),
         "knn": (lambda p: dk.knn(p, k).sq_dists, (p,)),
         "gaussian_gather": (lambda p, x: dk.gaussian_gather(p, x, found.indices, 0.5), (p, x)),
         "pattern_route": (dk.pattern_route, (x, rand(N, P), rand(P, d, d), rand(d))),

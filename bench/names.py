@@ -5,6 +5,7 @@ import re
 WORDS = {
     "flow_drift": "drift, {N} entities {space}, {d} channels",
     "flow_norm": "causal norm, {N} entities, {d} channels",
+    "short_convolution": "short convolution, {N} entities, {d} channels, {W} taps",
     "knn": "search, {N} points {space}, {k} nearest",
     "gaussian_gather": "gather, {N} points, {k} neighbours, {c} channels",
     "flow_attention": "causal attention, {N} entities, {k} neighbours, {H} heads, {d} channels",

@@ -20,6 +20,19 @@ def composed_norm(states, energy):
     return (states * (mean + 1e-6).rsqrt().unsqueeze(-1)).to(states.dtype)
 
 
+# ---- short_convolution ----------------------------------------------------------------------------------------------
+def depthwise_convolution(x, weight):
+    before = F.pad(x.transpose(1, 2), (len(weight) - 1, 0))
+    taps = weight.to(x.dtype).t().flip(1).unsqueeze(1)
+    return F.conv1d(before, taps, groups=x.shape[2]).transpose(1, 2)
+
+
+def shifted_sums(x, weight):
+    W, N = len(weight), x.shape[1]
+    before = F.pad(x, (0, 0, W - 1, 0))
+    return sum(before[:, W - 1 - t : W - 1 - t + N] * weight[t] for t in range(W)).to(x.dtype)
+
+
 # ---- knn ------------------------------------------------------------------------------------------------------------
 def composed_knn(positions, k):
     """Distances and top-k, in slices that fit the cache: the way without a package."""

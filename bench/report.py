@@ -189,7 +189,7 @@ def compare(before: Path, after: Path) -> str:
     )
 
 
-TRAINED = ("flow_drift", "flow_norm", "gaussian_gather", "pattern_route")  # of the ten lines of `quick_table`
+TRAINED = ("flow_norm", "gaussian_gather", "pattern_route")  # of the ten lines of `quick_table`
 
 
 def quick_table(out: Path, seconds: float = 0.2) -> str:

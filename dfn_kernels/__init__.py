@@ -12,6 +12,7 @@ from .knn import KnnFunction, KNNIndex, Neighbors, knn
 from .low_rank_route import low_rank_route
 from .pattern_route import PatternRouteFunction, pattern_route
 from .quantized_route import QuantizedPatterns, quantize_patterns
+from .short_convolution import ShortConvolutionFunction, short_convolution
 from .streaming import StreamingKNN
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Neighbors",
     "PatternRouteFunction",
     "QuantizedPatterns",
+    "ShortConvolutionFunction",
     "StreamingKNN",
     "backends",
     "field_sample",
@@ -40,5 +42,6 @@ __all__ = [
     "low_rank_route",
     "pattern_route",
     "quantize_patterns",
+    "short_convolution",
     "use_backend",
 ]

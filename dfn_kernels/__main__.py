@@ -24,6 +24,7 @@ from . import (
     knn,
     low_rank_route,
     pattern_route,
+    short_convolution,
     use_backend,
 )
 from ._backends import INTERPRETED, NAMES, TRITON_MISSING
@@ -82,6 +83,7 @@ def _samples(device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         "gaussian_gather": lambda: (gaussian_gather(p, v, indices, 0.7, normalize=True),),
         "flow_drift": lambda: flow_drift(s, p, W),
         "flow_norm": lambda: (flow_norm(s, v[..., 0].square()),),
+        "short_convolution": lambda: (short_convolution(s, x[:3]),),
         "flow_attention": lambda: flow_attention(s, p, W, v, 0.7, 5, causal=True)[:1],
         "pattern_route": lambda: (pattern_route(x, w, P),),
         "low_rank_route": lambda: (low_rank_route(x, w, up, down),),

@@ -101,6 +101,25 @@ def flow_norm(path: Path) -> None:
         label_ends(axis, lines)
 
 
+def short_convolution(path: Path) -> None:
+    n = torch.arange(60)
+    x = torch.zeros(60, 2)
+    x[[6, 24, 27, 42, 43, 44], :] = torch.tensor([1.0, 1.0, 0.6, 0.8, 0.8, 0.8])[:, None]
+    taps = torch.tensor([[1.0, 0.0], [0.7, 0.0], [0.4, 0.0], [0.2, 1.0]])
+    y = dk.short_convolution(x, taps)
+    note = "Grey: a channel of the entities. Lines: what two channels with other weights make of it"
+    with picture(path, 11, 4.3, "short_convolution: each entity and the three before it", note) as figure:
+        axis = figure.add_subplot()
+        axis.bar(n, x[:, 0], width=0.8, color=EDGE, alpha=0.7)
+        lines = []
+        for channel, (said, color, width) in enumerate((("c = (1, .7, .4, .2)", OURS, THICK),
+                                                        ("c = (0, 0, 0, 1)", VERMILLION, THIN))):  # fmt: skip
+            (line,) = axis.plot(n, y[:, channel], color=color, lw=width, drawstyle="steps-mid")
+            lines.append((line, said))
+        axis.set(xlim=(0, 59), ylim=(0, 2.2), xlabel="entity", ylabel="value")
+        label_ends(axis, lines)
+
+
 def flow_attention(path: Path) -> None:
     N, k, sigma, asking = 160, 12, 0.05, 7
     positions = torch.rand(N, 2)
@@ -181,7 +200,8 @@ def field_sample(path: Path) -> None:
 
 
 OPS = (
-    knn, gaussian_gather, flow_drift, flow_norm, flow_attention, pattern_route, low_rank_route, field_sample,
+    knn, gaussian_gather, flow_drift, flow_norm, short_convolution, flow_attention, pattern_route, low_rank_route,
+    field_sample,
 )  # fmt: skip
 PICTURES = {
     **{f"{op.__name__}.png": op for op in OPS},

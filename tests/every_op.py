@@ -48,6 +48,8 @@ OPS = [
        lambda **x: joined(dk.flow_drift(**x))),
     Op("flow_norm", lambda t: dict(states=rand(3, 11, 7, dtype=t), energy=rand(3, 11, dtype=t)),
        lambda **x: dk.flow_norm(**x, mode="causal")),
+    Op("short_convolution", lambda t: dict(x=rand(3, 11, 7, dtype=t), weight=rand(4, 7, dtype=t)),
+       lambda **x: dk.short_convolution(**x)),
     Op("knn", lambda t: dict(positions=rand(3, 11, 2, dtype=t)), lambda **x: dk.knn(**x, k=4).sq_dists),
     Op("gaussian_gather", make_gather, lambda **x: dk.gaussian_gather(**x, sigma=0.5, normalize=True)),
     Op("flow_attention", make_attention, lambda **x: dk.flow_attention(**x, sigma=0.5, k=4, causal=True)[0]),

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 
+from dfn_kernels import short_convolution
 from dfn_kernels._checks import are_sizes
-from dfn_kernels.packed import place_in_set
 
 
 class GatedMLP(nn.Module):
@@ -43,16 +43,7 @@ class ShortConvolution(nn.Module):
         self.register_load_state_dict_pre_hook(with_no_convolution)
 
     def forward(self, x: Tensor, ptr: Tensor | None = None) -> Tensor:
-        N, W = x.shape[1], len(self.weight)
-        before = pad(x, (0, 0, W - 1, 0))
-        y = x * self.weight[0]
-        place = None if ptr is None else place_in_set(ptr, N)
-        for t in range(1, W):
-            earlier = before[:, W - 1 - t : W - 1 - t + N]
-            if place is not None:
-                earlier = earlier.masked_fill((place < t)[:, None], 0)
-            y = y + earlier * self.weight[t]
-        return y
+        return short_convolution(x, self.weight, ptr=ptr)
 
     def step(self, x: Tensor, before: Tensor) -> Tensor:
         """One entity more, ``[B, d] -> [B, d]``; ``before [B, W - 1, d]``, those before it, the latest last."""

@@ -31,6 +31,10 @@ def norm(mode: str, lengths: bool = False) -> Callable:
     return make
 
 
+def convolution() -> tuple[Callable, dict]:
+    return dk.short_convolution, dict(x=rand(B, N, d), weight=rand(4, d))
+
+
 def gather() -> tuple[Callable, dict]:
     positions = rand(B, N, D)
     plan = dk.gather_plan(dk.knn(positions, k).indices, positions)
@@ -55,6 +59,7 @@ CASES = {  # name: op, what makes its inputs, most that the forward and the back
     "flow_norm, mean": ("flow_norm", norm("mean"), 3, 4),
     "flow_norm, causal": ("flow_norm", norm("causal"), 3, 4),
     "flow_norm, lengths": ("flow_norm", norm("mean", lengths=True), 3, 4),
+    "short_convolution": ("short_convolution", convolution, 1, 2),
     "gaussian_gather": ("gaussian_gather", gather, 2, 5),
     "gaussian_gather, heads": ("gaussian_gather", gather_heads, 2, 5),
     "pattern_route": ("pattern_route", route, 2, 6),

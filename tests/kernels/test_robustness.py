@@ -205,6 +205,15 @@ def norm_case(draw):
 
 
 @st.composite
+def convolution_case(draw):
+    B, N, d, W = draw(size), draw(size), draw(lane), draw(some)
+    inputs = dict(x=rand(B, N, d, dtype=torch.float64), weight=rand(W, d, dtype=torch.float64))
+    if draw(st.booleans()):
+        inputs["ptr"] = torch.tensor([0, *sorted(draw(st.lists(st.integers(0, N), max_size=4))), N], device=DEVICE)
+    return Op("short_convolution", None, lambda **x: dk.short_convolution(**x)), inputs
+
+
+@st.composite
 def drift_case(draw):
     B, H, N, D, d = draw(size), draw(some), draw(size), draw(some), draw(lane)
     shared = draw(st.booleans())
@@ -235,7 +244,8 @@ def check_shape(case: tuple[Op, dict]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-SHAPES = {"gaussian_gather": gather_case, "flow_norm": norm_case, "flow_drift": drift_case, "pattern_route": route_case}
+SHAPES = {"gaussian_gather": gather_case, "flow_norm": norm_case, "short_convolution": convolution_case,
+          "flow_drift": drift_case, "pattern_route": route_case}  # fmt: skip
 
 
 @natively

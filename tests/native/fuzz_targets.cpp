@@ -331,11 +331,21 @@ void norm(Bytes& in) {
   op<NormBackward>("flow_norm_backward")(grad, states, energy, lengths, 1e-6, mode);
 }
 
+void convolution(Bytes& in) {
+  const Dtype stored = any_float(in);
+  const int64_t B = 1 + in.byte() % 3, N = in.between(0, 80), d = in.byte() % 40, W = 1 + in.byte() % 9;
+  const Tensor x = plain({B, N, d}, stored), weight = reals(in, {W, d}, sums_of(stored)), grad = plain({B, N, d}, stored);
+  Maybe place;
+  if (in.coin()) place = wild_indices(in, {N}, N + 1);
+  op<Convolution>("short_convolution")(x, weight, place);
+  op<ConvolutionBackward>("short_convolution_backward")(grad, x, weight, place);
+}
+
 }  // namespace
 
 void run_target(const uint8_t* data, size_t size) {
   Bytes in(data, size);
-  switch (in.byte() % 19) {
+  switch (in.byte() % 20) {
     case 0:
     case 1: return knn_of<float>(in, Dtype::Float);
     case 2: return knn_of<double>(in, Dtype::Double);
@@ -354,6 +364,7 @@ void run_target(const uint8_t* data, size_t size) {
     case 15: return farthest<float>(in, Dtype::Float);
     case 16: return farthest<double>(in, Dtype::Double);
     case 17: return means<float>(in, Dtype::Float);
-    default: return means<double>(in, Dtype::Double);
+    case 18: return means<double>(in, Dtype::Double);
+    default: return convolution(in);
   }
 }

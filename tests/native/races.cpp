@@ -119,6 +119,10 @@ void norm_and_drift() {
     twice("flow_norm_backward",
           [&] { return listed(op<NormBackward>("flow_norm_backward")(grad, states, energy, {}, 1e-6, mode)); });
   }
+  const Tensor taps = random({4, 19}, 8);
+  twice("short_convolution", [&] { return std::vector<Tensor>{op<Convolution>("short_convolution")(states, taps, {})}; });
+  twice("short_convolution_backward",
+        [&] { return listed(op<ConvolutionBackward>("short_convolution_backward")(grad, states, taps, {})); });
   const Tensor weight = random({2, 3, 19}, 4), alpha = random({2}, 5), positions = random({3, 2, 1700, 3}, 6);
   const auto drift = [&] { return op<Drift>("flow_drift")(states, positions, weight, {}, alpha); };
   twice("flow_drift", [&] { return listed(drift()); });

@@ -42,8 +42,8 @@ def test_other_results(tmp_path, legible, name, part):
 
 def test_ops(tmp_path, legible, capsys):
     draw = runpy.run_path(str(ROOT / "docs" / "draw.py"))
-    names = ["knn", "gaussian_gather", "flow_drift", "flow_norm", "flow_attention", "pattern_route", "low_rank_route",
-             "field_sample"]  # fmt: skip
+    names = ["knn", "gaussian_gather", "flow_drift", "flow_norm", "short_convolution", "flow_attention",
+             "pattern_route", "low_rank_route", "field_sample"]  # fmt: skip
     draw["main"](names, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.png" for name in names}
     assert set(draw["NAMES"]) == {*names, "entities", "drift"}
