@@ -97,7 +97,7 @@ def recall(found: dict, path: Path) -> None:
     note = f"Associative recall: more is better; {of_seeds(best)}"
     with picture(path, 3.9 * columns + 2.6, 2.9 * rows + 1.2, "How many looked-up values are right", note) as fig:
         axes = fig.subplots(rows, columns, sharey=True, squeeze=False)
-        labels = []
+        labels, named = [], {}
         for place, ((layers, dim), ax) in enumerate(zip(shapes, axes.flat, strict=False)):
             ax.set_title(f"{layers} layer{'s' * (layers != 1)}, dim {dim}")
             ax.grid()
@@ -112,8 +112,10 @@ def recall(found: dict, path: Path) -> None:
             ax.set_xticks(ticks, [str(p) for p in ticks])
             ax.minorticks_off()
             ax.set_ylim(-3, 105)
+            named.update({name: line for line, name in lines})  # to be named on the right, also who is not there
             if place % columns == columns - 1 or place == len(shapes) - 1:
-                labels.append((ax, lines))
+                labels.append((ax, [(line, name) for name, line in named.items()]))
+                named = {}
         for ax in axes.flat[len(shapes) :]:
             ax.axis("off")
         fig.supxlabel("pairs of key and value in the sequence", size=12, color=SOFT)
