@@ -315,10 +315,10 @@ CASES = [
     _drift_case(8192),
     _drift_case(65_536, gpu_only=True, goals={"forward float32": 0.075, "forward bfloat16": 0.055}),
     _norm_case(8192),
-    _convolution_case(8192),
-    _convolution_case(65_536, gpu_only=True),
     _norm_case(65_536, gpu_only=True,  # forward: a copy of the states
                goals={"forward float32": 0.13, "forward bfloat16": 0.068, "training float32": 0.4}),
+    _convolution_case(8192),
+    _convolution_case(65_536, gpu_only=True),
     _knn_case(32_768, 3, 16, goals={"forward float32": 0.4}),
     _knn_case(32_768, 2, 16),
     _knn_case(1_000_000, 2, 16, goals={"forward float32": 0.8}),

@@ -26,7 +26,10 @@ def where(N, d, BN: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def places_of(P, n, N, PACKED: tl.constexpr):
-    """How many entities of the same sequence come before these; -1 beyond the last one."""
+    """How many entities of the same sequence come before these; -1 beyond the last one.
+
+    Wrong offsets, at which nobody looks on a GPU, may say more than there are: whoever looks back asks n as well.
+    """
     return tl.load(P + n, mask=n < N, other=-1) if PACKED else tl.where(n < N, n, -1)
 
 

@@ -34,9 +34,9 @@ using Drift = Triple(const Tensor&, const Tensor&, const Tensor&, const Maybe&, 
 using DriftBackward = Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                            const Tensor&);
 using Norm = Tensor(const Tensor&, const Tensor&, const Maybe&, double, std::string);
+using NormBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double, std::string);
 using Convolution = Tensor(const Tensor&, const Tensor&, const Maybe&);
 using ConvolutionBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const Maybe&);
-using NormBackward = Pair(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double, std::string);
 using SetMeans = Tensor(const Tensor&, const Tensor&, bool);
 using FarthestPoints = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, int64_t);
 using Route = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, bool);
