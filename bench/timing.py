@@ -75,7 +75,7 @@ def captured(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
 def ceilings(device: str, small: bool = False) -> dict[str, float]:
     """What this machine reaches at best: GB/s of a copy (read and written bytes), TFLOP/s of products by dtype."""
     # a copy beyond any cache, a product large enough to be bound by arithmetic
-    words, n = (2**20, 256) if small else (2**26, 2048) if device == "cpu" else (2**29, 8192)
+    words, n = (2**20, 256) if small else (2**26, 1024) if device == "cpu" else (2**29, 8192)
     source = torch.ones(words, device=device)
     target = torch.empty_like(source)
     found = {"copy GB/s": 8 * words / min(time_ms(lambda: target.copy_(source), device, 0.3)) / 1e6}

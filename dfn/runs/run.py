@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -303,6 +304,9 @@ def processes() -> Iterator[None]:
     finally:
         if sys.exc_info()[0] is None:  # after a failure the others would be waited for
             dist.destroy_process_group()
+            # DDP keeps the threads of gloo alive, and one that is still to free a tensor when the interpreter ends
+            # aborts the process: here it gets its turn.
+            time.sleep(0.1)
 
 
 def _nothing(text: str) -> None:

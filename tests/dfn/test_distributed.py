@@ -17,7 +17,7 @@ pytestmark = [
 
 # Both kinds in one pair of processes: starting them is what takes time.
 WORKER = """
-import copy, sys
+import copy, sys, time
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -69,6 +69,7 @@ for name, model in models.items():
         print(name, "agrees")
 dist.barrier()  # neither takes the connection down while the other still uses it
 dist.destroy_process_group()
+time.sleep(0.1)  # as in dfn.runs.processes
 """
 
 
