@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 import wave
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
 import dfn_kernels
 from dfn_kernels._backends import INTERPRETED, missing
 
+T = TypeVar("T")
 DEVICE = os.environ.get("DFN_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASKS = [dict(causal=c, include_self=s) for c in (False, True) for s in (True, False)]  # of a search
@@ -148,6 +152,47 @@ def bits(x: Tensor) -> Tensor:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+
+
+def on_threads(run: Callable[[], T], counts: tuple[int, ...] = (2, 1, 2, 3)) -> list[T]:
+    """What ``run()`` gives with so many threads, one count after another."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def check_same_bits(op, inputs: dict, backend: str) -> None:
+    """Output and gradients are the same in every run, whatever the number of threads, and what came in is as it was."""
+    tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
+    before = {n: x.clone() for n, x in tensors.items()}
+    with dfn_kernels.use_backend("reference"):
+        grad = torch.randn_like(op(**inputs))
+    counts = (1, 1) if INTERPRETED else (2, 1, 2, 3)  # the interpreter is slow, and has one
+    first, *others = on_threads(lambda: value_and_grads(op, inputs, grad, backend), counts)
+    for again, (what, x) in itertools.product(others, first.items()):
+        assert same_bits(x, again[what]), what
+    for name, x in tensors.items():
+        assert same_bits(x, before[name]), f"{name} was changed"
+
+
+def check_second_derivative_raises(op, inputs: dict, of: str, through: str, backend: str) -> None:
+    """On the backend that of ``of`` says what to do instead; on the reference it is there and reaches ``through``."""
+    mine = leaves(inputs)
+
+    def derive() -> None:
+        (grad,) = torch.autograd.grad(op(**mine).square().sum(), mine[of], create_graph=True)
+        grad.sum().backward()
+
+    with dfn_kernels.use_backend(backend), pytest.raises(RuntimeError, match="use_backend"):
+        derive()
+    with dfn_kernels.use_backend("reference"):
+        derive()
+    assert mine[through].grad.abs().sum() > 0
 
 
 def pairs(options: dict[str, tuple]) -> list[dict]:

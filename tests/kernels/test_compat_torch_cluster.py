@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, backends
+from helpers import DEVICE, backends, on_threads
 from test_compat import pairs_by_hand, same_edges
 from test_farthest_points import by_hand as farthest_by_hand
 
@@ -108,14 +108,7 @@ def test_fps(backend, dtype):
 @pytest.mark.skipif(DEVICE != "cpu", reason="about threads of the C++ kernel")
 def test_fps_of_a_large_set():
     x = torch.rand(40_001, 3)
-    got = [compat.fps(x, ratio=20 / 40_001, random_start=False)]
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            got.append(compat.fps(x, ratio=20 / 40_001, random_start=False))
-    finally:
-        torch.set_num_threads(threads)
+    got = on_threads(lambda: compat.fps(x, ratio=20 / 40_001, random_start=False))
     dist = torch.full((len(x),), torch.inf)
     want = [0]
     for _ in range(19):

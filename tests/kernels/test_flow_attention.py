@@ -7,6 +7,7 @@ from helpers import (
     backends,
     check_against_reference,
     check_compiled,
+    check_same_bits,
     leaves,
     pairs,
     same_bits,
@@ -258,20 +259,7 @@ def test_autocast(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_time(backend):
     chosen = dict(causal=True, extra="head", influence="head", receiver="both", k=4)
-    i = make(N=1200 if backend == "native" else 30, D=3, **chosen)
-    before = {n: x.clone() for n, x in i.items() if torch.is_tensor(x)}
-    threads, found = torch.get_num_threads(), []
-    for count in (2, 1, 2):
-        torch.set_num_threads(count)
-        copies = leaves(i)
-        with dfn_kernels.use_backend(backend):
-            out = outputs(**copies)
-        out.square().sum().backward()
-        found.append([out.detach(), *(x.grad for x in copies.values() if torch.is_tensor(x))])
-    torch.set_num_threads(threads)
-    for again in found[1:]:
-        assert all(same_bits(a, b) for a, b in zip(found[0], again, strict=True))
-    assert all(torch.equal(i[n], x) for n, x in before.items())
+    check_same_bits(outputs, make(N=1200 if backend == "native" else 30, D=3, **chosen), backend)
 
 
 BAD = {

@@ -1,11 +1,10 @@
 """What the op promises beside its values: same bits, second derivatives, torch.compile, autocast, memory."""
 
-import copy
 import importlib
 
 import pytest
 import torch
-from helpers import DEVICE, backends, check_compiled, leaves, same_bits
+from helpers import DEVICE, backends, check_compiled, check_same_bits, same_bits
 from test_gaussian_gather import make
 
 import dfn_kernels
@@ -16,25 +15,7 @@ BACKENDS = backends("gaussian_gather")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_time(backend):
-    inputs = make(c=64)
-    before = copy.deepcopy(inputs)
-
-    def run():
-        mine = leaves(inputs)
-        with dfn_kernels.use_backend(backend):
-            out = gaussian_gather(**mine, normalize=True)
-        out.square().sum().backward()
-        return [out.detach()] + [x.grad for x in mine.values() if torch.is_tensor(x) and x.requires_grad]
-
-    first = run()
-    threads = torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        for ours, theirs in zip(run(), first, strict=True):
-            assert same_bits(ours, theirs)
-    torch.set_num_threads(threads)
-    for name in inputs:
-        assert inputs[name] is before[name] or torch.equal(inputs[name], before[name]), f"{name} was changed"
+    check_same_bits(gaussian_gather, {**make(c=64), "normalize": True}, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import assert_accurate, distance, same_bits
+from helpers import assert_accurate, distance, on_threads, same_bits
 from torch import Tensor
 
 from dfn_kernels import _native, knn, use_backend
@@ -127,13 +127,7 @@ def test_blocks_of_queries(own):
     N, k = 33_000, 5  # 5 blocks
     some = case(2, N, N, 2, k, own)
     exact, plain = (some.gradients(module._gradient, dtype) for dtype in (torch.float64, torch.float32))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append(some.gradients(in_one_pass, torch.float32))
-    finally:
-        torch.set_num_threads(threads)
+    found = on_threads(lambda: some.gradients(in_one_pass, torch.float32))
     for want, theirs, one, *others in zip(exact, plain, *found, strict=True):
         assert_accurate(one, want, distance(theirs, want))
         assert all(same_bits(one, other) for other in others)

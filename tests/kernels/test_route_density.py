@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DEVICE, backends, same_bits
+from helpers import DEVICE, backends, check_same_bits, same_bits
 from test_pattern_route import make, softmax_weights
 
 import dfn_kernels
@@ -117,19 +117,7 @@ def test_empty(backend, empty):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_time(backend):
-    inputs = make(T=97, P=5, O=31, I=67)
-    results = []
-    threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        with dfn_kernels.use_backend(backend):
-            y = pattern_route(**leaves, density=0.1)
-        y.square().sum().backward()
-        results.append([y.detach()] + [x.grad for name, x in leaves.items() if name != "bias"])
-    torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True))
+    check_same_bits(pattern_route, {**make(T=97, P=5, O=31, I=67), "density": 0.1}, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
