@@ -38,7 +38,7 @@ test check sanitize: export OMP_WAIT_POLICY = passive
 test: env
 	@mkdir -p build; TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "triton" $(INTERPRETED) \
 	  > build/interpreted.log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"; native=$$?; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow"; native=$$?; \
 	wait $$interpreted; status=$$?; cat build/interpreted.log; exit $$((native | status))
 
 check: lint test sanitize tsan fuzz wheel

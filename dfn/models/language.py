@@ -34,7 +34,7 @@ class DFNLanguageModel(nn.Module):
         block_options: further keyword arguments of `DFNBlock`, as in ``{"flow_norm": False}``; see `ablated`. Its
             ``dropout``, ``norm``, ``bias`` and ``semantic`` hold for what stands around the blocks, too; without them
             ``output_scale`` is ``(2 layers)^-1/2`` and ``convolution`` 4. `FIRST_BLOCK` are those of models saved
-            before December 2026.
+            before 26 November 2026.
 
     Call: ``(ids int64 [B, N], memory=None, ptr=None)`` gives ``(logits [B, N, V], memory)``. ``logits[:, i]`` depend on
     ``ids[:, :i + 1]`` and the given memory alone: later ids do not change a bit of them. None is an empty memory; the

@@ -44,7 +44,7 @@ class Options:
     memory_size: int = option(0, "entities of a persistent memory; rows then are consecutive pieces of the text", 0)
     pack: bool = option(False, "keep files apart: no row of text mixes two, each is read as if alone")
     without: str = option("", "a part to leave out of a language model", choices=("", *ABLATIONS))
-    block: str = option("recommended", "of a language model: today's, or that of runs begun before December 2026",
+    block: str = option("recommended", "of a language model: today's, or that of runs begun before 26 November 2026",
                         choices=("recommended", "first"))  # fmt: skip
     semantic: int = option(0, "heads without time, which find what lies far back (0: one in four)", 0)
     convolution: int = option(

@@ -98,7 +98,7 @@ def table(found: dict) -> str:
     said = f"{seen / 1e6:.1f} MB, {seen / d['train_bytes']:.2f} times the training bytes"
     for name in ("dropout", "attention_dropout", "confidence_penalty", "weight_decay"):
         said += f"; {name.replace('_', ' ')} {o[name]:g}" if o.get(name) else ""
-    evenly = "judged_windows" in d  # not so in studies of before December 2026
+    evenly = "judged_windows" in d  # not so in studies of before 27 November 2026
     over = f"{d['judged_windows']:,} windows spread evenly over" if evenly else "the first of"
     beside_on = "the whole of the held-out text" if evenly else "the same bytes"
     return "\n\n".join([

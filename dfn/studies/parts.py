@@ -60,7 +60,7 @@ CANDIDATES: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "layer_norm": ("LayerNorm in place of RMSNorm", lambda c: block(c, norm="layer")),
     "bias": ("biases", lambda c: block(c, bias=True)),
     "output": ("output maps start as others do", lambda c: block(c, output_scale=1.0)),
-    "first": ("the block of before December 2026", lambda c: block(c, **FIRST_BLOCK)),
+    "first": ("the block of before 26 November 2026", lambda c: block(c, **FIRST_BLOCK)),
     "deeper": ("twice the layers, narrower", deeper),
     "dimensions3": ("positions in three dimensions", lambda c: {**c, "pos_dim": 3}),
     "semantic2": ("two semantic heads", lambda c: block(c, semantic=2)),

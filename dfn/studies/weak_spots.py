@@ -33,7 +33,7 @@ GRID = (8, 8)
 
 # ---- what a line changes in a mixer or a block's attention -----------------------------------------------------------
 def shared_map(attention: DynamicFlowAttention, places: nn.Module) -> DynamicFlowAttention:
-    """As it was before December 2026: an entity looks for others where it is itself, and all weigh the same."""
+    """As it was before 26 November 2026: an entity looks for others where it is itself, and all weigh the same."""
     attention.receiver = attention.salience = None
     return attention
 
