@@ -1,5 +1,8 @@
 """How a public function reaches its launcher, and what torch.func asks of an op beyond torch.library."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -50,6 +53,24 @@ def per_head(value: float, H: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         if len(_constants) < MOST_CONSTANTS and _is_settled(like):
             _constants[key] = known
     return known
+
+
+def on_its_device(kernel: Callable) -> Callable:
+    """The kernel, run with the device of its first argument, a tensor, as the current one: Triton launches on that."""
+
+    @functools.wraps(kernel)
+    def run(first, *others, **named):
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return kernel(first, *others, **named)
+        return kernel(first, *others, **named)
+
+    return run
+
+
+def custom_op(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """`torch.library.custom_op` of a kernel that writes to no argument and runs on the device of the first."""
+    return lambda kernel: torch.library.custom_op(name, on_its_device(kernel), mutates_args=())
 
 
 class OpFunction(torch.autograd.Function):

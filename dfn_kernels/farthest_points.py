@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .reference.farthest_points import farthest_points as reference
 
 _backends.register("farthest_points")
 
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("dfn::farthest_points", mutates_args=())
+@custom_op("dfn::farthest_points")
 def _op(
     points: Tensor,  # [N, D], float32 or float64
     ptr: Tensor,  # [S + 1] offsets of the sets

@@ -16,7 +16,7 @@ from ._checks import (
     same_device,
     shaped,
 )
-from ._transforms import OpFunction, call, per_head
+from ._transforms import OpFunction, call, custom_op, per_head
 from .reference.flow_drift import flow_drift as reference
 
 _backends.register("flow_drift")
@@ -64,7 +64,7 @@ def _check(states, positions, weight, bias, alpha) -> None:
 
 
 # ---- schema: positions, weight, bias and alpha in float32, or everything in float64 ---------------------------------
-@torch.library.custom_op("dfn::flow_drift", mutates_args=())
+@custom_op("dfn::flow_drift")
 def _op(
     states: Tensor,  # [B, N, d]
     positions: Tensor,  # [B, H, N, D]
@@ -81,7 +81,7 @@ def _op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("dfn::flow_drift_backward", mutates_args=())
+@custom_op("dfn::flow_drift_backward")
 def _backward_op(
     grad_positions: Tensor,  # [B, H, N, D]
     grad_flow: Tensor,  # [B, H, N, D]

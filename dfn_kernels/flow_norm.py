@@ -16,7 +16,7 @@ from ._checks import (
     same_device,
     shaped,
 )
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .packed import check_sets
 from .reference.flow_norm import flow_norm as reference
 from .set_means import set_means
@@ -46,7 +46,7 @@ def _check(states, energy, eps, mode, lengths, ptr) -> None:
 
 
 # ---- schema: energy in float32, or everything in float64 ------------------------------------------------------------
-@torch.library.custom_op("dfn::flow_norm", mutates_args=())
+@custom_op("dfn::flow_norm")
 def _op(
     states: Tensor,  # [B, N, d]
     energy: Tensor,  # [B, N]
@@ -58,7 +58,7 @@ def _op(
     return _launcher(backend).flow_norm(*_dense(states, energy, lengths), eps, mode)
 
 
-@torch.library.custom_op("dfn::flow_norm_backward", mutates_args=())
+@custom_op("dfn::flow_norm_backward")
 def _backward_op(
     grad: Tensor,  # [B, N, d]
     states: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _backends, _native
 from ._checks import compute_dtype, has_shape, is_float_tensor, is_index_tensor, same_device
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 
 OP = "gather_plan"
 # Rows of values that the cache holds need no order, in bytes: those of a batch and head on a CPU, whose cores serve one
@@ -29,12 +29,12 @@ class GatherPlan(NamedTuple):
 
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("dfn::spatial_order", mutates_args=())
+@custom_op("dfn::spatial_order")
 def _order_op(points: Tensor, backend: str) -> Tensor:  # [B, H, n, D] -> int32 [B, H, n]
     return _launcher(backend, points).spatial_order(points.contiguous())
 
 
-@torch.library.custom_op("dfn::transpose_neighbors", mutates_args=())
+@custom_op("dfn::transpose_neighbors")
 def _lists_op(
     indices: Tensor,  # [B, H, M, k]
     query_order: Tensor,  # [B, H, M]

@@ -16,7 +16,7 @@ from ._checks import (
     is_number,
     same_device,
 )
-from ._transforms import OpFunction, call, per_head
+from ._transforms import OpFunction, call, custom_op, per_head
 from .gather_plan import GatherPlan, fits, shared_heads, spatial_order, with_heads, without_heads
 from .reference.gaussian_gather import gaussian_gather as reference
 
@@ -67,7 +67,7 @@ def _check(positions, values, indices, sigma, influence, query_positions) -> Non
 
 # ---- schema: everything [B, H, ..], or all but sigma and the plan's without these; positions, queries, sigma and ---
 # ---- influence in float32, or all in float64 ------------------------------------------------------------------------
-@torch.library.custom_op("dfn::gaussian_gather", mutates_args=())
+@custom_op("dfn::gaussian_gather")
 def _op(
     positions: Tensor,  # [B, H, N, D]; or [B, N, D] or [N, D], and so on
     queries: Tensor,  # [B, H, M, D]
@@ -88,7 +88,7 @@ def _op(
     return without_heads(launcher.gaussian_gather(*_laid_out(launcher, *tensors), normalize), values.ndim)
 
 
-@torch.library.custom_op("dfn::gaussian_gather_backward", mutates_args=())
+@custom_op("dfn::gaussian_gather_backward")
 def _backward_op(
     grad: Tensor,  # [B, H, M, c]
     positions: Tensor,

@@ -18,7 +18,7 @@ from ._checks import (
     same_device,
     shaped,
 )
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op, on_its_device
 from .packed import check_offset_values, check_sets
 from .reference.knn import knn as reference
 
@@ -94,7 +94,7 @@ def _check_values(points, queries, lengths, query_lengths) -> None:
 
 
 # ---- schema: everything [B, ...], points and queries both float32 or both float64 ------------------------------------
-@torch.library.custom_op("dfn::knn", mutates_args=())
+@custom_op("dfn::knn")
 def _op(
     points: Tensor,  # [B, N, D]
     queries: Tensor | None,  # [B, M, D]
@@ -140,7 +140,7 @@ def _op(
     return sq_dists, indices
 
 
-@torch.library.custom_op("dfn::knn_backward", mutates_args=())
+@custom_op("dfn::knn_backward")
 def _backward_op(
     grad: Tensor,  # [B, M, k]
     points: Tensor,
@@ -342,7 +342,7 @@ class KNNIndex:
         if ptr is None and _backends.missing(OP, "triton", device) is None:
             from .triton.knn import forget, index
 
-            self._grids["triton"] = index(points, counts)
+            self._grids["triton"] = on_its_device(index)(points, counts)
             weakref.finalize(self, forget, self._grids["triton"])
 
     def query(

@@ -17,7 +17,7 @@ from ._checks import (
     same_device,
     shaped,
 )
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .reference.pattern_route import pattern_route as reference
 from .route_density import route_with_density
 
@@ -68,7 +68,7 @@ def _check(x, weights, patterns, bias, top_k, density, out_dtype, return_share) 
 
 
 # ---- schema: weights and bias in float64 with float64 x, else float32 -----------------------------------------------
-@torch.library.custom_op("dfn::pattern_route", mutates_args=())
+@custom_op("dfn::pattern_route")
 def _op(
     x: Tensor,  # [T, I]
     weights: Tensor,  # [T, P]
@@ -85,7 +85,7 @@ def _op(
     )
 
 
-@torch.library.custom_op("dfn::pattern_route_backward", mutates_args=())
+@custom_op("dfn::pattern_route_backward")
 def _backward_op(
     grad: Tensor,  # [T, O], in the dtype of x, or that of weights if the output was wide
     x: Tensor,

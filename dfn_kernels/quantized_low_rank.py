@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import has_shape, is_float_tensor
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .quantized_route import QuantizedPatterns
 
 OP = "QuantizedLowRank"
 
 
-@torch.library.custom_op("dfn::quantized_low_rank", mutates_args=())
+@custom_op("dfn::quantized_low_rank")
 def _op(
     x: Tensor,  # [T, I] float32, contiguous like all of them
     down: Tensor,  # the packed rows of down, [P * r, I], and then of the selector, [P, I]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import is_float_tensor
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .pattern_route import check_tokens, per_token
 from .reference.pattern_route import pattern_route as reference
 
@@ -13,7 +13,7 @@ OP = "quantize_patterns"
 STRIP = 32  # rows of a pattern that are packed together
 
 
-@torch.library.custom_op("dfn::quantized_route", mutates_args=())
+@custom_op("dfn::quantized_route")
 def _op(
     x: Tensor,  # [T, I] float32, contiguous like all of them
     weights: Tensor,  # [T, P] float32

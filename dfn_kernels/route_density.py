@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .reference.pattern_route import pattern_route_density as reference
 
 OP = "pattern_route_density"
@@ -33,7 +33,7 @@ def _sample(patterns: Tensor) -> Tensor:
     return patterns.reshape(P, O * I)[:, places]
 
 
-@torch.library.custom_op("dfn::magnitude_above", mutates_args=())
+@custom_op("dfn::magnitude_above")
 def _magnitude_above(mixed: Tensor, keep: int) -> Tensor:  # [T, S] -> [T]: what `keep` entries of a row exceed
     return _native.cpu.magnitude_above(mixed.contiguous(), keep)
 
@@ -65,7 +65,7 @@ def density_threshold(weights: Tensor, patterns: Tensor, density: float, backend
 
 
 # ---- schema: everything in float32, or all in float64 ---------------------------------------------------------------
-@torch.library.custom_op("dfn::pattern_route_density", mutates_args=())
+@custom_op("dfn::pattern_route_density")
 def _op(
     x: Tensor,  # [T, I]
     weights: Tensor,  # [T, P]
@@ -77,7 +77,7 @@ def _op(
     return _native.cpu.pattern_route_density(*dense, None if bias is None else bias.contiguous())
 
 
-@torch.library.custom_op("dfn::pattern_route_density_backward", mutates_args=())
+@custom_op("dfn::pattern_route_density_backward")
 def _backward_op(
     grad: Tensor, x: Tensor, weights: Tensor, patterns: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # for x, weights, patterns

@@ -1,10 +1,9 @@
 """Means within packed sets, for `flow_norm`. Top to bottom: schema, fake, backends, autograd, function."""
 
-import torch
 from torch import Tensor
 
 from . import _backends, _native
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .packed import check_offset_values
 from .reference.set_means import set_means as reference
 
@@ -12,7 +11,7 @@ _backends.register("set_means")
 
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("dfn::set_means", mutates_args=())
+@custom_op("dfn::set_means")
 def _op(
     values: Tensor,  # [B, N], float32 or float64
     ptr: Tensor,  # [S + 1] offsets of the sets
@@ -23,7 +22,7 @@ def _op(
     return _launcher(backend).set_means(values.contiguous(), ptr.contiguous(), causal)
 
 
-@torch.library.custom_op("dfn::set_means_backward", mutates_args=())
+@custom_op("dfn::set_means_backward")
 def _backward_op(grad: Tensor, ptr: Tensor, causal: bool, backend: str) -> Tensor:  # for values [B, N]
     return _launcher(backend).set_means_backward(grad.contiguous(), ptr.contiguous(), causal)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _backends, _native
 from ._checks import compute_dtype, dense_rows, has_shape, is_float_tensor, same_device, shaped
-from ._transforms import OpFunction, call
+from ._transforms import OpFunction, call, custom_op
 from .packed import check_offset_values, check_sets, place_in_set
 from .reference.short_convolution import short_convolution as reference
 
@@ -29,7 +29,7 @@ def _check(x, weight, ptr) -> None:
 
 
 # ---- schema: weight in float32, or everything in float64 ------------------------------------------------------------
-@torch.library.custom_op("dfn::short_convolution", mutates_args=())
+@custom_op("dfn::short_convolution")
 def _op(
     x: Tensor,  # [B, N, d]
     weight: Tensor,  # [W, d]
@@ -39,7 +39,7 @@ def _op(
     return _launcher(backend).short_convolution(*_dense(x, weight, ptr))
 
 
-@torch.library.custom_op("dfn::short_convolution_backward", mutates_args=())
+@custom_op("dfn::short_convolution_backward")
 def _backward_op(
     grad: Tensor,  # [B, N, d]
     x: Tensor,
