@@ -33,10 +33,10 @@ def _check(x, weight, ptr) -> None:
 def _op(
     x: Tensor,  # [B, N, d]
     weight: Tensor,  # [W, d]
-    ptr: Tensor | None,  # [S + 1]
+    place: Tensor | None,  # [N]: how many entities of the same sequence come before; their number without it
     backend: str,
 ) -> Tensor:  # [B, N, d]
-    return _launcher(backend).short_convolution(*_dense(x, weight, ptr))
+    return _launcher(backend).short_convolution(dense_rows(x), weight.contiguous(), place)
 
 
 @custom_op("dfn::short_convolution_backward")
@@ -44,20 +44,20 @@ def _backward_op(
     grad: Tensor,  # [B, N, d]
     x: Tensor,
     weight: Tensor,
-    ptr: Tensor | None,
+    place: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # for x [B, N, d], weight [W, d]
-    return _launcher(backend).short_convolution_backward(dense_rows(grad), *_dense(x, weight, ptr))
+    return _launcher(backend).short_convolution_backward(dense_rows(grad), dense_rows(x), weight.contiguous(), place)
 
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 @_op.register_fake
-def _(x, weight, ptr, backend):
+def _(x, weight, place, backend):
     return x.new_empty(x.shape)
 
 
 @_backward_op.register_fake
-def _(grad, x, weight, ptr, backend):
+def _(grad, x, weight, place, backend):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -68,15 +68,6 @@ def _launcher(backend: str):
 
         return short_convolution
     return _native.cpu
-
-
-def _dense(x, weight, ptr) -> tuple:
-    return dense_rows(x), weight.contiguous(), _places(ptr, x.shape[1])
-
-
-def _places(ptr: Tensor | None, n: int) -> Tensor | None:
-    check_offset_values(OP, "ptr", ptr, n)
-    return None if ptr is None else place_in_set(ptr, n)
 
 
 # ---- autograd: shared by the registered op and the public Function --------------------------------------------------
@@ -127,7 +118,7 @@ def short_convolution(x: Tensor, weight: Tensor, *, ptr: Tensor | None = None) -
     Gradients: x and weight. The weight's is summed in an order that the shape decides. A second derivative raises
     RuntimeError, except on the reference backend.
 
-    Raises: ValueError (shapes, offsets on the CPU, devices), TypeError (dtypes).
+    Raises: ValueError (shapes, offsets on the CPU unless compiled, devices), TypeError (dtypes).
 
     Source: Fu et al., Hungry hungry hippos (2023), section 3, where it is called a shift.
 
@@ -143,9 +134,11 @@ def short_convolution(x: Tensor, weight: Tensor, *, ptr: Tensor | None = None) -
     x, weight = shaped(x, math.prod(shape[:-2]), *shape[-2:]), weight.to(real)
     if real == torch.float64:
         x = x.double()
+    check_offset_values(OP, "ptr", ptr, x.shape[1])
+    place = None if ptr is None else place_in_set(ptr, x.shape[1])
     backend = _backends.choose(OP, x.device.type)
     if backend == "reference":
-        out = reference(x, weight, _places(ptr, x.shape[1]))
+        out = reference(x, weight, place)
     else:
-        out = call(_op, ShortConvolutionFunction, x, weight, ptr, backend)
+        out = call(_op, ShortConvolutionFunction, x, weight, place, backend)
     return shaped(out.to(out_dtype), *shape)

@@ -47,7 +47,8 @@ class ShortConvolution(nn.Module):
 
     def step(self, x: Tensor, before: Tensor) -> Tensor:
         """One entity more, ``[B, d] -> [B, d]``; ``before [B, W - 1, d]``, those before it, the latest last."""
-        return (torch.cat([before, x[:, None]], 1) * self.weight.flip(0)).sum(1)
+        seen = torch.cat([before, x[:, None]], 1)  # summed as the op does, in float32 or more
+        return (seen * self.weight.flip(0).to(torch.promote_types(self.weight.dtype, torch.float32))).sum(1).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, width={len(self.weight)}"

@@ -21,6 +21,6 @@ def run(dtype, W, packed, d, N) -> None:
 def calls():
     for dtype in DTYPES:
         yield functools.partial(run, dtype, 4, False, 256, 4096), False
-    options = {"dtype": DTYPES, "W": (4, 1, 16), "packed": (True, False), "d": (256, 253), "N": (4096, 4099)}
+    options = {"dtype": DTYPES, "W": (4, 1, 17), "packed": (True, False), "d": (256, 253, 1), "N": (4096, 4099, 1)}
     for row in pairs(options):
         yield functools.partial(run, **row), True

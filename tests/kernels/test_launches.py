@@ -35,6 +35,11 @@ def convolution() -> tuple[Callable, dict]:
     return dk.short_convolution, dict(x=rand(B, N, d), weight=rand(4, d))
 
 
+def packed_convolution() -> tuple[Callable, dict]:
+    call, inputs = convolution()
+    return call, {**inputs, "ptr": torch.tensor([0, 4, N], device=DEVICE)}
+
+
 def gather() -> tuple[Callable, dict]:
     positions = rand(B, N, D)
     plan = dk.gather_plan(dk.knn(positions, k).indices, positions)
@@ -53,6 +58,7 @@ def route() -> tuple[Callable, dict]:
     return dk.pattern_route, inputs
 
 
+CHECKED = 5 if DEVICE == "cpu" else 0  # to look at the values of ptr
 CASES = {  # name: op, what makes its inputs, most that the forward and the backward pass may start
     "flow_drift": ("flow_drift", drift, 1, 3),
     "flow_drift, heads": ("flow_drift", drift_heads, 1, 3),
@@ -60,6 +66,7 @@ CASES = {  # name: op, what makes its inputs, most that the forward and the back
     "flow_norm, causal": ("flow_norm", norm("causal"), 3, 4),
     "flow_norm, lengths": ("flow_norm", norm("mean", lengths=True), 3, 4),
     "short_convolution": ("short_convolution", convolution, 1, 2),
+    "short_convolution, packed": ("short_convolution", packed_convolution, 6 + CHECKED, 2),
     "gaussian_gather": ("gaussian_gather", gather, 2, 5),
     "gaussian_gather, heads": ("gaussian_gather", gather_heads, 2, 5),
     "pattern_route": ("pattern_route", route, 2, 6),

@@ -300,3 +300,20 @@ def test_norm_and_drift_of_more_than_2_31_states():
     del out
     drift = dk.flow_drift(states, torch.zeros(N, 1, device=DEVICE), torch.full((1, d), 2.0**-15, device=DEVICE))
     assert drift.flow[-2:].flatten().tolist() == pytest.approx([2.0, 6.0], rel=1e-4)
+
+
+@natively
+@pytest.mark.slow
+def test_convolution_of_more_than_2_31_values():
+    needs_memory(18)
+    d = 2**15
+    N = 2**31 // d + 3
+    x = torch.full((N, d), 2.0, dtype=torch.float16, device=DEVICE)
+    x[-1] = 6.0
+    weight = torch.tensor([[1.0], [0.5]], device=DEVICE).expand(2, d).contiguous().requires_grad_()
+    out = dk.short_convolution(x, weight)
+    assert out[-1].eq(7.0).all() and out[1:-1:97].eq(3.0).all() and math.prod(out.shape) > 2**31
+    grad = torch.zeros(N, d, dtype=torch.float16, device=DEVICE)
+    grad[-1] = 1.0
+    (found,) = torch.autograd.grad(out, weight, grad)
+    assert found[0].eq(6.0).all() and found[1].eq(2.0).all()

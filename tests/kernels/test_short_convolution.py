@@ -15,6 +15,7 @@ from helpers import (
 
 import dfn_kernels
 from dfn_kernels import ShortConvolutionFunction, short_convolution
+from dfn_kernels.packed import place_in_set
 
 BACKENDS = backends("short_convolution")
 
@@ -40,9 +41,10 @@ def test_matches_reference(backend, dtype, ptr):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 131, 64, 3), (5, 7, 301, 2), (1, 300, 3, 5), (2, 5, 67, 11)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 131, 64, 3), (5, 7, 301, 2), (1, 300, 3, 5), (2, 5, 67, 11),
+                                   (97, 1, 3, 2), (3, 71, 5, 37)])  # fmt: skip
 def test_sizes(backend, sizes):
-    """More entities than a chunk or a tile has, fewer than W, channels that fill no register."""
+    """More entities than a chunk or a tile has, fewer than W, channels that fill no register; short rows; a long W."""
     for dtype in (torch.float32, torch.bfloat16):
         check_against_reference(short_convolution, make(*sizes, dtype=dtype), backend)
 
@@ -104,6 +106,26 @@ def test_packed_sequences_are_alone(backend):
     assert found[:, 6:9].isnan().all() and found[:, :6].isfinite().all() and found[:, 9:].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("ptr", [[0, 5], [0, 2, 5]])
+def test_nothing_lies_before_a_sequence(backend, ptr):
+    """So no weight meets it, be that infinite, and no gradient, be that not a number."""
+    i = make(B=2, N=5, d=3, W=3, ptr=ptr if len(ptr) > 2 else None)
+    i["weight"][2] = float("inf")
+    i = leaves(i)
+    places = [n - max(p for p in ptr if p <= n) for n in range(5)]  # and how many come behind
+    behind = [min(p for p in ptr if p > n) - 1 - n for n in range(5)]
+    with dfn_kernels.use_backend(backend):
+        out = short_convolution(**i)
+        grad = torch.ones_like(out)
+        grad[:, 0] = float("nan")
+        of_x, of_weight = torch.autograd.grad(out, [i["x"], i["weight"]], grad)
+    for n in range(5):
+        assert out[:, n].isfinite().all() == (places[n] < 2)
+        assert of_x[:, n].isfinite().all() == (behind[n] < 2 and n > 0)
+    assert of_weight[0].isnan().all() and of_weight[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leading_dims_and_strides(backend):
     i = make(B=6, ptr=PACKED)
@@ -138,7 +160,8 @@ def test_same_bits_every_time(backend):
 def test_function_and_second_derivative(backend):
     i = leaves(make(dtype=torch.float64, ptr=PACKED))
     with dfn_kernels.use_backend(backend):
-        assert same_bits(ShortConvolutionFunction.apply(i["x"], i["weight"], i["ptr"], backend), short_convolution(**i))
+        place = place_in_set(i["ptr"], i["x"].shape[-2])
+        assert same_bits(ShortConvolutionFunction.apply(i["x"], i["weight"], place, backend), short_convolution(**i))
     check_second_derivative_raises(short_convolution, i, "weight", "x", backend)
 
 
@@ -146,10 +169,11 @@ def test_function_and_second_derivative(backend):
 @pytest.mark.parametrize("ptr", [None, PACKED])
 def test_opcheck(backend, ptr):
     i = leaves(make(dtype=torch.float64 if ptr else torch.float32, ptr=ptr))
-    torch.library.opcheck(torch.ops.dfn.short_convolution, (i["x"], i["weight"], i.get("ptr"), backend))
+    place = place_in_set(i["ptr"], i["x"].shape[-2]) if ptr else None
+    torch.library.opcheck(torch.ops.dfn.short_convolution, (i["x"], i["weight"], place, backend))
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICE != "cpu" or b != "triton"])
+@pytest.mark.parametrize("backend", [*(b for b in BACKENDS if DEVICE != "cpu" or b != "triton"), "reference"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compile(backend, packed):
     def layer(x, c, *ptr):
