@@ -248,6 +248,7 @@ class Decoder:
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._step(self.ids)
+                self.count.copy_(before[0])  # the last place that there is may be this one's
         torch.cuda.current_stream().wait_stream(side)
         for x, b in zip(kept, before, strict=True):
             x.copy_(b)

@@ -17,7 +17,7 @@ from ..fields.field import Field, ImageField, SpectrogramField, TextField, WaveF
 from ..fields.files import checksum, files_in, named_held_out
 from ..fields.sampler import AdaptiveSampler, Entities
 from ..models.field_models import DFNFieldModel, some_of
-from ..training.batches import map_tensors
+from ..training.batches import generator_for, map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state
 from .crops import PICTURES, picture, random_crop, spectrogram
 
@@ -98,7 +98,7 @@ def joint_losses(model: DFNFieldModel, entities: dict[str, Entities], hidden: di
 @torch.no_grad()
 def match_rate(model: DFNFieldModel, kind: str, batch: int = 256, seed: int = 1) -> float:
     """How often the line that is nearest to a picture (a sound) names its shape (its tone). Chance: one in four."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for("held out", seed)
     fields, label = small_world(batch, generator)
     device = next(model.parameters()).device
     entities = map_tensors(lambda x: x.to(device), sample_world(fields, generator=generator))

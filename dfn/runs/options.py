@@ -107,6 +107,9 @@ class Options:
             raise UsageError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
         if self.batch % self.accumulate:
             raise UsageError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
+        if self.accumulate > 1 and self.kind in ("contrastive", "joint"):
+            raise UsageError(f"accumulate must be 1 for {self.kind}, which tells the rows of a batch apart, "
+                             f"got {self.accumulate}")  # fmt: skip
         if self.memory_size and self.pack:
             raise UsageError("pack has no meaning with a memory: its rows are consecutive pieces of one text")
         if self.memory_size and self.accumulate > 1:
@@ -118,6 +121,7 @@ class Options:
 
 
 SHAPE = ("dim", "layers", "heads", "pos_dim", "k")
+MODEL = (*SHAPE, "memory_size", "without", "block", "semantic", "convolution")  # what weights depend on
 # which not every kind has a use for
 OWN = ("data", "field", "length", "entities", "size", "memory_size", "pack", "without", "block", "semantic",
        "convolution", "dropout", "attention_dropout", "confidence_penalty")  # fmt: skip

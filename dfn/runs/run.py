@@ -22,7 +22,7 @@ from ..training import checkpoints
 from ..training.batches import rows
 from ..training.checkpoints import Checkpoint, CheckpointError
 from ..training.trainer import History, NonFiniteLoss, Trainer
-from .options import SHAPE, Options, UsageError
+from .options import MODEL, SHAPE, Options, UsageError
 from .stopping import Interruption, Stopped
 from .tasks import KINDS, Task
 from .threads import fast_threads
@@ -61,6 +61,12 @@ class Run:
         """As many threads as the run took, if there are so many here."""
         torch.set_num_threads(min(self.options.threads or torch.get_num_threads(), torch.get_num_threads()))
 
+    def _last_step(self) -> int:
+        """Where in the history the weights are from: from its end, or those that are kept as the best."""
+        if self.weights is None or self.weights.name != BEST:
+            return -1
+        return self.history.steps.index(checkpoints.load(self.weights).facts["step"])
+
     def judge(self, progress: bool = False, say: Say = print) -> dict[str, float]:
         """The figures of the task, held out; also written to ``figures.json``, with where they come from.
 
@@ -70,7 +76,8 @@ class Run:
         if progress:
             say(f"judging on {self.task.judged_on()}")
         h = self.history
-        step = h.steps[-1] if h.steps else 0
+        at = self._last_step()
+        step = h.steps[at] if h.steps else 0
         try:
             figures = self.task.figures(self.model)
         except ValueError as error:  # the neighbour search refuses positions that are not finite
@@ -80,8 +87,8 @@ class Run:
         facts = {
             "figures": figures,
             "step": step,
-            "tokens": h.tokens[-1] if h.tokens else 0,
-            "seconds": h.seconds[-1] if h.seconds else 0.0,
+            "tokens": h.tokens[at] if h.tokens else 0,
+            "seconds": h.seconds[at] if h.seconds else 0.0,
             "parameters": count_parameters(self.model),
             "machine": machine(),
             "options": asdict(self.options),
@@ -208,11 +215,11 @@ def _best(folder: Path, options: Options) -> Checkpoint | None:
 
 
 def options_like(init: Path, kind: str, given: dict, say: Say = print) -> Options:
-    """Those of a run of ``kind`` that begins with the weights of the run in ``init``: its sizes, unless given."""
+    """Those of a run of ``kind`` that begins with the weights of the run in ``init``: its model's, unless given."""
     kept, task = Options.restored(*_facts(_source(init, say))), KINDS.get(kind)
-    names = [
-        n for n in (*SHAPE, "memory_size", "without") if task is None or task.own is None or n in (*SHAPE, *task.own)
-    ]
+    if kept.block == "first":
+        kept = replace(kept, convolution=0)  # which it never has, whatever the option says
+    names = [n for n in MODEL if task is None or task.own is None or n in (*SHAPE, *task.own)]
     return Options.of(kind, **{**{name: getattr(kept, name) for name in names}, **given})
 
 
@@ -220,7 +227,7 @@ def _source(init: Path, say: Say) -> Checkpoint:
     checkpoint = checkpoints.latest(Path(init), say)
     if checkpoint is None:
         raise UsageError(f"--init: {init} holds no checkpoint")
-    return checkpoint
+    return _best(Path(init), Options.restored(*_facts(checkpoint))) or checkpoint
 
 
 def _facts(checkpoint: Checkpoint) -> tuple[dict, Path]:

@@ -14,7 +14,7 @@ from ..models.field_models import DFNClassifier, DFNFieldModel
 from ..models.language import DFNLanguageModel, ablated
 from ..models.layers import FIRST_BLOCK, recommended_heads
 from ..models.memory import MemoryState
-from ..training.batches import map_tensors
+from ..training.batches import generator_for, map_tensors
 from ..training.losses import contrastive, field_reconstruction, language_modelling, mean_state_loss
 from ..training.text import Corpus, batches, load_corpus, packed_batches
 from ..training.trainer import language_model_loss
@@ -93,7 +93,7 @@ class Task:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module, batches: int = 2) -> float:
-        generator = torch.Generator().manual_seed(1)
+        generator = generator_for("held out", 1)
         device = next(model.parameters()).device
         return sum(float(self.loss(model, move(self.batch(generator, True), device))) for _ in range(batches)) / batches
 
@@ -296,7 +296,7 @@ class Contrastive(FieldTask):
 
     @torch.no_grad()
     def figures(self, model):
-        generator, hits = torch.Generator().manual_seed(1), []
+        generator, hits = generator_for("held out", 1), []
         device = next(model.parameters()).device
         for _ in range(8):
             left, right = (model.represent(view) for view in move(self.batch(generator, True), device))
@@ -328,7 +328,7 @@ class Masked(FieldTask):
         return field_reconstruction(model.reconstruct(*batch), batch[0].states, batch[1])
 
     def figures(self, model):
-        generator = torch.Generator().manual_seed(1)
+        generator = generator_for("held out", 1)
         blind = mean_error(self.batch(generator, True)[0] for _ in range(16))
         return {**super().figures(model), "saying the mean": blind}
 

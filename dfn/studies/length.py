@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..runs.options import Options
 from ..runs.tasks import Task
+from ..training.batches import generator_for
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .language import SIZES
 from .rivals import contender
@@ -87,7 +88,7 @@ class Needle(Task):
 
     def held_out_loss(self, model: nn.Module, batches: int = 256) -> float:
         """The share of symbols found at the length trained on."""
-        generator = torch.Generator().manual_seed(self.options.seed + 2**32)
+        generator = generator_for("held out", self.options.seed)
         return self.found(model, needle_batch(batches, self.options.length, self.span, generator=generator))
 
     @torch.no_grad()
@@ -180,7 +181,7 @@ def run(arguments: argparse.Namespace) -> dict:
             )
             by_distance = {}
             for length in [max(2 * arguments.span + 2, arguments.length // 8), *judged_at]:
-                generator = torch.Generator().manual_seed(seed + 2**33)
+                generator = generator_for("judged", seed)
                 distance = length - arguments.span - 1
                 rows = needles(arguments.rows, length, judged_at[-1])
                 batch = needle_batch(rows, length, arguments.span, distance=distance, generator=generator)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Task
+from ..training.batches import generator_for
 from ..training.losses import language_modelling
 from .cells import Study, add_flags, asked, best_cells, main, markdown, options_of, positive, spread, use_threads, where
 from .rivals import KINDS, contender
@@ -95,7 +96,7 @@ class Recall(Task):
         return language_modelling(model(batch[0])[0], batch[1])
 
     def held_out_loss(self, model: nn.Module, batches: int = 0) -> float:
-        ids, targets = self.draw(JUDGED, torch.Generator().manual_seed(self.options.seed + 2**32))
+        ids, targets = self.draw(JUDGED, generator_for("held out", self.options.seed))
         device = next(model.parameters()).device
         return recall_accuracy(model, ids.to(device), targets.to(device), self.vocab_size)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..fields.files import files_in
 from ..runs.options import Options
 from ..runs.tasks import Text
 from ..training.text import NOT_LIBRARY, bigram_bits_per_byte, bits, compressed_bits_per_byte
@@ -70,10 +71,7 @@ def split_by_content(path: str | Path | None = None) -> Split:
         files += Path(folders["purelib"]).rglob("*.py")
         name = f"the sources of Python {sysconfig.get_python_version()} and of the packages installed with it"
     else:
-        root, name = Path(path), Path(path).name
-        if not root.exists():
-            raise ValueError(f"no such file or folder: {path}")
-        files = [root] if root.is_file() else [f for f in root.rglob("*") if f.is_file() and f.name[0] != "."]
+        files, name = list(files_in(path).values()), Path(path).name
     texts = {hashlib.sha256(data).hexdigest(): data for f in files if (data := f.read_bytes()) and b"\0" not in data}
     keys = sorted(texts)
     held = [key for key in keys if int(key, 16) % HELD_OUT == 0] or keys[:1]

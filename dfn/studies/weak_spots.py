@@ -18,6 +18,7 @@ from ..models.layers import DynamicFlowAttention, FlowMixer
 from ..runs.digits import digits
 from ..runs.options import Options, UsageError
 from ..runs.tasks import Task
+from ..training.batches import generator_for
 from ..training.checkpoints import write_whole
 from ..training.losses import language_modelling
 from . import one_head
@@ -164,7 +165,7 @@ class Copies(Task):
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module, batches: int = 8) -> float:
-        generator, losses = torch.Generator().manual_seed(self.options.seed + 2**32), []
+        generator, losses = generator_for("held out", self.options.seed), []
         for _ in range(batches):
             ids, targets = self.batch(generator)
             second = ids.shape[1] // 2

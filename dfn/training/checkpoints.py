@@ -120,7 +120,7 @@ def write_whole(path: Path, raw: bytes) -> None:
 
     Raises OSError, which names the file; what was written of it is removed.
     """
-    part = path.with_name(".part")
+    part = path.with_name(".part" + path.suffix)  # while one process writes a checkpoint, another may write figures
     try:
         with open(part, "wb") as file:
             file.write(raw)

@@ -133,6 +133,8 @@ class Trainer:
             raise ValueError("Trainer: steps or seconds must be given")
         if accumulate < 1:
             raise ValueError(f"Trainer: accumulate must be at least 1, got {accumulate}")
+        if seconds is not None and distributed():
+            raise ValueError("Trainer: seconds must be None with several processes, whose clocks differ; give steps")
         self.model, self.loss, self.unit, self.counted = model, loss, unit, counted
         self.steps, self.seconds, self.autocast, self.accumulate = steps, seconds, autocast, accumulate
         self.lr, self.warmup, self.final, self.clip = lr, warmup, final, clip

@@ -87,6 +87,23 @@ def test_a_foreign_file_is_refused(tmp_path):
         checkpoints.load(path)
 
 
+def test_two_kinds_of_files_are_written_at_once(tmp_path, monkeypatch):
+    """As when a run is judged while it trains: each ends up in its place."""
+    from dfn.training import checkpoints
+
+    fsync, others = checkpoints.os.fsync, [tmp_path / "figures.json"]
+
+    def meanwhile(number):
+        if others:
+            checkpoints.write_whole(others.pop(), b"figures")
+        fsync(number)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", meanwhile)
+    checkpoints.write_whole(tmp_path / "step.safetensors", b"weights")
+    assert (tmp_path / "step.safetensors").read_bytes() == b"weights"
+    assert (tmp_path / "figures.json").read_bytes() == b"figures" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     checkpoints.write_whole(path, b"old")

@@ -127,7 +127,7 @@ def test_figures_that_cannot_be_kept_are_still_shown(text, tmp_path):
     figures = runs.Run.load(tmp_path).judge(say=said.append)
     assert figures["model"] > 0 and figures["bytes judged"] == figures["bytes held out"] == 270
     assert len(said) == 1 and "figures.json cannot be written, so the figures are not kept" in said[0]
-    assert not list(tmp_path.glob(".part"))
+    assert not list(tmp_path.glob(".part*"))
 
 
 def test_more_steps_after_the_end(text, tmp_path):
@@ -151,6 +151,11 @@ def test_a_new_run_begins_with_the_weights_of_another(text, tmp_path):
     second = quiet(o, tmp_path / "second", init=tmp_path / "first")
     assert all(same_bits(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
     assert second.history.steps == [1]
+    for other in (dict(convolution=2), dict(block="first"), dict(heads=4, semantic=2)):
+        folder = tmp_path / str(other)
+        quiet(options(text, steps=1, **other), folder)
+        o = runs.options_like(folder, "text", dict(data=text, steps=1, batch=4, length=16, threads=1))
+        quiet(o, tmp_path / "again" / str(other), init=folder)
     wider = options(text, dim=32)
     with pytest.raises(UsageError, match=r"are of another model: embed.weight is \[256, 16\] and \[256, 32\] here"):
         quiet(wider, tmp_path / "third", init=tmp_path / "first")

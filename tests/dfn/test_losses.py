@@ -77,6 +77,13 @@ def test_contrastive_is_info_nce():
     torch.testing.assert_close(contrastive(torch.ones(6, 4), torch.ones(6, 4)), torch.tensor(math.log(6)))
 
 
+def test_contrastive_is_in_float32_under_autocast():
+    left, right = torch.randn(2, 7, 33)
+    want = contrastive(left, right)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive(left, right), want)
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"right must have shape \[3, 4\], got \[2, 4\]"):
         contrastive(torch.ones(3, 4), torch.ones(2, 4))

@@ -154,6 +154,7 @@ def test_split_is_by_content(tmp_path):
     write(tmp_path / "b", {**{f"x/{7 * n % 200:03}.py": n for n in range(200)}, "twice.txt": 5, "again/5": 5})
     (tmp_path / "b" / "binary").write_bytes(b"\0" * 500)
     (tmp_path / "b" / ".hidden").write_bytes(b"hidden" * 50)
+    write(tmp_path / "b" / ".git", {"objects/ab": 777})
     one, two = (split_by_content(tmp_path / name) for name in "ab")
     assert torch.equal(one.train, two.train) and torch.equal(one.held_out, two.held_out)
     assert one.files + one.held_out_files == 200 and 2 <= one.held_out_files <= 20

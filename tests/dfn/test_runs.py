@@ -1,5 +1,6 @@
 """Runs: every kind trains, resumes to the bit, also after SIGKILL, and says clearly what is wrong."""
 
+import json
 import os
 import random
 import signal
@@ -14,8 +15,9 @@ from helpers import INTERPRETED, same_bits
 
 from dfn import cli, runs
 from dfn.runs.options import Options, UsageError
-from dfn.runs.tasks import KINDS
+from dfn.runs.tasks import KINDS, Joint
 from dfn.training import checkpoints
+from dfn.training.batches import generator_for
 from dfn.training.checkpoints import CheckpointError
 from dfn.training.trainer import NonFiniteLoss
 
@@ -178,7 +180,7 @@ def test_nan_names_step_layer_and_checkpoint(text, tmp_path, monkeypatch):
 
 def test_the_best_weights_are_kept(text, tmp_path, monkeypatch):
     """Judged 5, 2, 3, 4: the run ends with the weights of the second evaluation, also when it is gone on with."""
-    values = iter([5.0, 2.0, 3.0, 4.0])
+    values = iter([5.0, 2.0, 3.0, 4.0, 6.0])  # the last for the run that begins with them
     seen = []
 
     def judged(self, model, batches=2):
@@ -193,6 +195,12 @@ def test_the_best_weights_are_kept(text, tmp_path, monkeypatch):
     assert not all(same_bits(ended[name], x) for name, x in seen[3].items())
     loaded = runs.Run.load(tmp_path).model.state_dict()
     assert all(same_bits(loaded[name], x) for name, x in ended.items())
+    monkeypatch.setattr(KINDS["text"], "figures", lambda *_: {})
+    run.judge()
+    assert json.loads((tmp_path / "figures.json").read_text())["step"] == 4
+    one = Options.of("text", data=text, length=16, steps=1, **{**TINY, "lr": 0.0, "weight_decay": 0.0})
+    begun = runs.train(one, tmp_path / "begun", init=tmp_path, evaluations=0, progress=False, say=lambda line: None)
+    assert all(same_bits(begun.model.state_dict()[name], x) for name, x in ended.items())
     last = checkpoints.load(checkpoints.found(tmp_path)[-1]).part("model")  # what --resume goes on from
     assert all(same_bits(last[name], x) for name, x in seen[3].items())
 
@@ -231,6 +239,17 @@ def test_accumulation_is_the_same_gradient(text, tmp_path):
         Trainer(models[0], steps=1, accumulate=3).train_step(task.batch(generator))
 
 
+def test_nobody_is_judged_on_what_it_was_trained_on():
+    """Whatever the seed: a run of seed 1, 2^32 or 2^32 + 1 draws nothing that it is judged on."""
+    task = Joint(Options.of("joint", batch=2, entities=8))
+    judged = task.batch(generator_for("held out", 1))[0]["image"].states
+    for seed in (0, 1, 2**32, 2**32 + 1):
+        trained = torch.Generator().manual_seed(seed)
+        assert not any(torch.equal(task.batch(trained)[0]["image"].states, judged) for _ in range(3))
+    drawn = [torch.rand(3, generator=generator_for(*x)).tolist() for x in (("a", 0), ("a", 2**32), ("b", 0), ("a", 0))]
+    assert drawn[0] == drawn[3] and drawn[0] != drawn[1] != drawn[2]
+
+
 def test_options_say_what_they_may_be():
     for given, message in (
         (dict(steps=0), "steps must be at least 1, got 0"),
@@ -240,6 +259,9 @@ def test_options_say_what_they_may_be():
     ):
         with pytest.raises(UsageError, match=message):
             Options.of("text", **given)
+    for kind in ("contrastive", "joint"):
+        with pytest.raises(UsageError, match=f"accumulate must be 1 for {kind}, which .*, got 2"):
+            Options.of(kind, accumulate=2)
     with pytest.raises(UsageError, match="KIND must be one of text, .*, got txt"):
         Options.of("txt")
 

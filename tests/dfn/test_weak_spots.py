@@ -38,6 +38,21 @@ def test_shared_map_is_the_mixer_of_before():
     assert torch.equal(older(s, p)[0], z)
 
 
+def test_held_out_copies_were_not_trained_on():
+    task = weak_spots.Copies(Options.of("text", length=12, batch=4), {})
+    training = torch.Generator().manual_seed(task.options.seed)
+    trained = [task.batch(training)[0] for _ in range(8)]
+    judged = []
+
+    class Seen(torch.nn.Module):
+        def forward(self, ids):
+            judged.append(ids)
+            return torch.zeros(*ids.shape, weak_spots.SYMBOLS), None
+
+    task.held_out_loss(Seen())
+    assert len(judged) == 8 and not any(torch.equal(a, b) for a in judged for b in trained)
+
+
 def test_copies():
     options = Options.of("text", **weak_spots.COPY, threads=1)
     task = weak_spots.Copies(options, dict(vary=4))
