@@ -134,9 +134,12 @@ def _wide_backward(grad_positions, grad_flow, grad_energy, states, weight, alpha
     B, N, _ = states.shape
     total = alpha.view(1, H, 1, 1) * grad_positions + grad_flow + 2 * grad_energy.unsqueeze(-1) * flow
     rows = total.transpose(1, 2).reshape(B * N, H * D)
+    with torch.autocast(states.device.type, enabled=False):  # which would round the products' operands
+        grad_states = rows @ weight.reshape(H * D, d)
+        grad_weight = rows.t() @ states.reshape(B * N, d).to(weight.dtype)
     return (
-        (rows @ weight.reshape(H * D, d)).view(B, N, d).to(states.dtype),
-        (rows.t() @ states.reshape(B * N, d).to(weight.dtype)).view(H, D, d),
+        grad_states.view(B, N, d).to(states.dtype),
+        grad_weight.view(H, D, d),
         total.sum((0, 2)),
         (grad_positions * flow).sum((0, 2, 3)),
     )

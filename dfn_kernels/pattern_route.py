@@ -104,7 +104,7 @@ def _backward_op(
         need_tokens, need_patterns, need_bias,
     )  # fmt: skip
     if need_patterns and blocks is not None and not skip:
-        grads[2].mul_(spread_blocks(blocks, patterns))
+        grads[2].masked_fill_(spread_blocks(~blocks, patterns), 0)
     return grads
 
 
@@ -146,11 +146,16 @@ def spread_blocks(blocks: Tensor, patterns: Tensor) -> Tensor:
     return blocks.repeat_interleave(BLOCK[0], 1)[:, :O].repeat_interleave(BLOCK[1], 2)[:, :, :I]
 
 
+def kept(blocks: Tensor, patterns: Tensor) -> Tensor:
+    """The patterns, 0 in the blocks that do not count: not by a product, for 0 times infinity is NaN."""
+    return patterns.where(spread_blocks(blocks, patterns), 0)
+
+
 def _masked(blocks: Tensor | None, patterns: Tensor, backend: str) -> tuple[tuple, Tensor]:
     """What a launcher is told of the blocks: the C++ kernels skip them, the others get patterns that are 0 there."""
     if backend == "native" and patterns.device.type == "cpu":
         return (_dense(blocks),), patterns
-    return (), patterns if blocks is None else patterns * spread_blocks(blocks, patterns)
+    return (), patterns if blocks is None else kept(blocks, patterns)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -285,7 +290,7 @@ def route(x, weights, patterns, bias, top_k, density, out_dtype, return_share, b
         backend = _backends.choose(OP, device, x.device.index)
         if backend == "reference":
             if blocks is not None:
-                patterns = patterns * spread_blocks(blocks, patterns)
+                patterns = kept(blocks, patterns)
             with torch.autocast(device, enabled=False):
                 y = reference(x, weights, patterns, bias)
         else:

@@ -40,10 +40,11 @@ def by_products(
 ) -> bool:
     """Whether y = sum_p w_p * (left @ right_p) is left to PyTorch's batched product [T, K] x [K, N] of all patterns.
 
-    Both read the patterns once. PyTorch multiplies at its full rate, but writes a float32 sum per token, column and
-    pattern (float64 for float64), which `combine_products` reads: it wins where the product is deep. Our kernel keeps
-    the sums, does not reach that rate, and works on whole tiles: it wins at the depth of hidden layers, and loses
-    where few tokens meet many patterns of great depth. Both times are estimated by counted bytes and work.
+    PyTorch multiplies at its full rate, but writes a float32 sum per token, column and pattern (float64 for float64),
+    which `combine_products` reads: it wins where the product is deep. These sums come in pieces of so many rows as
+    SCRATCH_BYTES hold, and every piece reads all patterns. Our kernel keeps the sums and reads the patterns once, does
+    not reach that rate, and works on whole tiles: it wins at the depth of hidden layers, and loses where few tokens
+    meet many patterns of great depth. Both times are estimated by counted bytes and work.
 
     `python -m bench.route_rule` measures both sides of it on a GPU.
     """
@@ -55,8 +56,19 @@ def by_products(
     reading = P * K * N * element / card.bytes
     work = P * K / rate
     kernel = max(reading, _padded(T, rows) * _padded(N, columns) * work / share)
-    products = max(reading, _padded(T, 64) * _padded(N, 64) * work)
-    return products + 2 * max(4, element) * P * T * N / card.bytes + LAUNCH < kernel
+    step = _rows_of_piece(P, N, max(4, element))
+    pieces = max(1, -(-T // step))
+    last = T - (pieces - 1) * step
+    products = sum(
+        count * max(reading, _padded(size, 64) * _padded(N, 64) * work)
+        for count, size in ((pieces - 1, step), (1, last))
+    )
+    return products + 2 * max(4, element) * P * T * N / card.bytes + pieces * LAUNCH < kernel
+
+
+def _rows_of_piece(P: int, N: int, element: int) -> int:
+    """Tokens whose sums [P, rows, N], of so many bytes each, stay within SCRATCH_BYTES."""
+    return max(1, SCRATCH_BYTES // max(1, P * N * element))
 
 
 def _padded(size: int, tile: int) -> int:
@@ -113,13 +125,13 @@ def _product(left: Tensor, right: Tensor, real: torch.dtype) -> Tensor:
 
 
 def _products(left, weights, patterns, bias, x, wide) -> tuple[Tensor, Tensor | None]:
-    """As `_kernel`: rows in pieces, so that a piece's sums [P, rows, N] stay within SCRATCH_BYTES."""
+    """As `_kernel`, in pieces of rows."""
     backward = x is not None
     right = patterns if backward else patterns.transpose(1, 2)
     (T, P), (_, K, N) = weights.shape, right.shape
     y = left.new_empty(T, N, dtype=weights.dtype if wide else left.dtype)
     parts = weights.new_empty(-(-N // STRIP), T, P) if backward else None
-    step = max(1, SCRATCH_BYTES // max(1, P * N * weights.element_size()))
+    step = _rows_of_piece(P, N, weights.element_size())
     for start in range(0, T, step):
         rows = slice(start, start + step)
         sums = _product(left[rows].expand(P, -1, K), right, weights.dtype)

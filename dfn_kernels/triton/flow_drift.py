@@ -43,7 +43,7 @@ def forward_kernel(
     if HAS_BIAS:
         acc += tl.load(B + j, mask=outputs, other=0.0)[None, :]
     inside = rows[:, None] & outputs[None, :]
-    at = b * H * N * D + (h * N)[None, :].to(tl.int64) * D + n[:, None] * D + (j % D)[None, :]
+    at = b * H * N * D + (h.to(tl.int64) * N)[None, :] * D + n[:, None] * D + (j % D)[None, :]
     alpha = tl.load(A + h, mask=outputs, other=0.0)
     tl.store(F + at, acc, mask=inside)
     tl.store(PN + at, tl.load(P + at, mask=inside, other=0.0) + alpha[None, :] * acc, mask=inside)
@@ -111,7 +111,7 @@ def backward_kernel(
         tile = rows[:, None] & channels[None, :]
         s = tl.load(S + b * sSb + n[:, None] * sSn + x[None, :], mask=tile, other=0.0)
         inside = rows[:, None] & outputs[None, :]
-        place = b * H * N + (h * N)[None, :] + n[:, None]
+        place = b * H * N + (h.to(tl.int64) * N)[None, :] + n[:, None]
         at = place * D + (j % D)[None, :]
         flow = tl.load(F + at, mask=inside, other=0.0)
         by_position = tl.load(GP + at, mask=inside, other=0.0)

@@ -24,6 +24,7 @@ from .gaussian_gather import (
     aligned,
     as_values,
     edge_tiles,
+    edge_warps,
     edge_weights,
     limit,
     row_of_zeros,
@@ -106,12 +107,13 @@ def edges_kernel(
     _write_zeros(ZEROS)
     if GQ is not None:
         GQ += group * M * D
+        moves = valid & (slope != 0)  # one too far may be infinitely so
         for start in range(0, D, 4):
             for u in tl.static_range(4):
                 a = start + u
                 q = tl.load(Q + m * D + a, mask=rows & (a < D), other=0.0)
                 step = q[:, None] - tl.load(P + j * D + a, mask=valid & (a < D), other=0.0)
-                grad_q = tl.sum(tl.where(valid, slope * step, 0.0), axis=1)
+                grad_q = tl.sum(tl.where(moves, slope * step, 0.0), axis=1)
                 tl.store(GQ + m * D + a, 2.0 * scale * grad_q, mask=rows & (a < D))
 
 
@@ -187,7 +189,8 @@ def entities_kernel(
                 values += weight[:, None] * g.to(real)
             if GP is not None:
                 step = tl.load(Q + (m * D)[:, None] + a[None, :], mask=dims, other=0.0) - p
-                positions += tl.where(there[:, None], tl.load(ES + slot)[:, None] * step, 0.0)
+                slope = tl.where(there, tl.load(ES + slot), 0.0)[:, None]
+                positions += tl.where(slope != 0, slope * step, 0.0)  # one too far may be infinitely so
             if GI is not None:
                 influence += tl.where(there, tl.load(EI + slot), 0.0)
     if GV is not None:
@@ -306,7 +309,7 @@ def _by_query(
         positions, queries, indices, sq_dists, sigma, influence, along,
         weights, slopes, parts, grad_queries, grad_sigma, zeros,
         H, LH, N, M, D, k,
-        NORMALIZE=normalize, **tile, num_warps=4, **limit(positions.dtype),
+        NORMALIZE=normalize, **tile, num_warps=edge_warps(tile["K"]), **limit(positions.dtype),
     )  # fmt: skip
     return weights, slopes, parts, zeros, grad_queries, None if grad_sigma is None else grad_sigma.sum((0, 2))
 

@@ -21,7 +21,7 @@ def _add_columns(
     t, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     left_at += begin
     if BACKWARD:
-        right_at += tl.cast(begin, tl.int64) * sRo
+        right_at += begin * sRo
     else:
         right_at += begin
     for start in range(begin, end, BK):
@@ -57,7 +57,8 @@ def tokens_kernel(
     right_p[k][n] is patterns[p][n][k] in the forward pass; in the backward pass, with the output's gradient on the
     left, it is patterns[p][k][n], y is the gradient of x, and the sums in brackets also give that of w.
     """
-    # 64-bit arithmetic for where a tile begins, 32-bit inside it: offsets in a tile stay below 128 rows
+    # 64-bit arithmetic for where a tile begins and for strides, as rows may lie far apart; 32-bit inside what is dense
+    sL, sX, sRo = tl.cast(sL, tl.int64), tl.cast(sX, tl.int64), tl.cast(sRo, tl.int64)
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BN)
     block_n = pid % blocks_n
@@ -127,6 +128,7 @@ def patterns_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,  # tunable
 ):  # fmt: skip
     """dp[p][o][i] = sum_t (w[t][p] * g[t][o]) * x[t][i]."""
+    sG, sX = tl.cast(sG, tl.int64), tl.cast(sX, tl.int64)  # rows may lie far apart
     pid = tl.program_id(0)
     blocks_o, blocks_i = tl.cdiv(O, BM), tl.cdiv(I, BN)
     p = (pid // (blocks_o * blocks_i)).to(tl.int64)
@@ -179,8 +181,15 @@ def warps(dtype: torch.dtype) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """True float32, unless PyTorch's own switch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """True float32, unless PyTorch's own switch allows TF32.
+
+    From PyTorch 2.9 on there are two switches, and the old one raises an error where the new one was set.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul
+    new = getattr(switches, "fp32_precision", None)
+    return "tf32" if (switches.allow_tf32 if new is None else new == "tf32") else "ieee"
 
 
 def _multiply_tokens(left, weights, patterns, bias, x, out, K: int, backward: bool) -> Tensor:

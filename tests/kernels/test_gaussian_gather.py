@@ -118,6 +118,7 @@ def test_every_pair_of_options(backend, row):
         dict(c=300, D=3, k=19, B=1, H=2, N=23, M=7),
         dict(c=48, D=18, k=70, B=1, H=1, N=13, M=3),
         dict(c=16, D=2, k=257, B=1, H=1, N=211, M=2),
+        dict(c=4, D=3, k=1100, B=1, H=1, N=1061, M=2),
     ],
 )
 def test_sizes(backend, sizes):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, backends, check_against_reference, same_bits
+from helpers import DEVICE, backends, check_against_reference, leaves, same_bits
 from test_gaussian_gather import make
 
 import dfn_kernels
@@ -115,6 +115,42 @@ def test_extreme_weights(backend):
         one = dict(positions=positions[None], values=values[None], indices=indices[None], sigma=1e10, influence=w)
         assert gaussian_gather(**one).flatten().tolist() == [100, 101, -900, 1]
         assert gaussian_gather(**one, normalize=True).flatten().tolist() == [100, 50.5, 0, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("far", [3e38, float("inf")])
+@pytest.mark.parametrize("D", [1, 2, 3, 5])
+def test_one_too_far_is_nobodys_neighbor(backend, D, far, normalize):
+    """A distance that overflows: by weight and by gradient, which an infinite step must not make NaN."""
+    inputs = {**make(B=1, H=1, D=D), "normalize": normalize}
+    inputs["indices"][0, 0, :8, 1] = 3
+    inputs["positions"][0, 0, 3, -1] = far
+    inputs["query_positions"][0, 0, 4:8, -1] = -far
+    runs = []
+    for name in (backend, "reference"):
+        copies = leaves(inputs)
+        with dfn_kernels.use_backend(name):
+            out = gaussian_gather(**copies)
+        out.square().sum().backward()
+        runs.append({n: x.grad for n, x in copies.items() if isinstance(x, torch.Tensor) and x.requires_grad})
+        runs[-1]["output"] = out.detach()
+    for name, want in runs[1].items():
+        assert want.isfinite().all() and want.ne(0).any(), name
+        torch.testing.assert_close(runs[0][name], want, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+@pytest.mark.parametrize("c", [5, 16])
+@pytest.mark.parametrize("k", [1, 3, 5, 11])
+def test_infinite_influence(backend, k, c):
+    """Infinite times what is there, whatever the number of edges that a kernel walks at once."""
+    inputs = make(B=1, H=1, k=k, c=c)
+    inputs["indices"].clamp_(max=15)[..., -1] = 16
+    inputs["values"] = inputs["values"].abs() + 1
+    inputs["influence"][..., 16] = float("inf")
+    with dfn_kernels.use_backend(backend):
+        assert gaussian_gather(**inputs).isposinf().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

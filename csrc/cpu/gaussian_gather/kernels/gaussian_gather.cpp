@@ -77,8 +77,10 @@ void backward_query(const GatherProblem& g, const Query<A, V>& query, int64_t tu
     const A* positions = static_cast<const A*>(g.positions);
     for (int64_t a = 0; a < g.D; ++a) {
       A total = 0;
-      for (int64_t s = 0; s < count; ++s)
-        total -= query.weight[s] * along[s] * (q[a] - positions[query.index[s] * g.D + a]);
+      for (int64_t s = 0; s < count; ++s) {
+        const A slope = query.weight[s] * along[s];
+        if (slope != 0) total -= slope * (q[a] - positions[query.index[s] * g.D + a]);  // one too far may be infinitely so
+      }
       grad[a] = total * precision;
     }
   }
@@ -119,11 +121,12 @@ inline void add_slopes(const GatherProblem& g, const A* p, int64_t first, int64_
   double influence = 0;  // thousands of edges of a hub, one after the other, and nothing that shrinks with distance
   for (int64_t e = first; e < last; ++e) {
     const A slope = edges[e].slope, *q = queries + query_of(g, edges[e]) * (kDims > 0 ? kDims : g.D);
+    influence += edges[e].influence;
+    if (slope == 0) continue;  // one too far may be infinitely so
     if constexpr (kDims > 0)
       for (int a = 0; a < kDims; ++a) total[a] += slope * (q[a] - p[a]);
     else
       for (int64_t a = 0; a < g.D; ++a) grad_p[a] += slope * (q[a] - p[a]);
-    influence += edges[e].influence;
   }
   if constexpr (kDims > 0)
     for (int a = 0; a < kDims; ++a) grad_p[a] += total[a];
