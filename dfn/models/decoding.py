@@ -1,5 +1,7 @@
 """One entity more: what a causal model needs to go on without starting over."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -168,7 +170,8 @@ class Decoder:
         if self.length > self.capacity:
             self._reserve(max(self.length + 256, 2 * self.capacity))
         if not self.seen:
-            return self._prompt(ids)
+            with without_dropout(self.model):
+                return self._prompt(ids)
         if ids.device.type != "cuda":
             return self._step(ids)
         if self.graph is None:
@@ -255,6 +258,18 @@ class Decoder:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self._step(self.ids)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """What is generated does not depend on whether the model is in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def updated(block: DFNBlock, states: Tensor, s: Tensor, y: Tensor, energy: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class Trainer:
 
     A batch is a tensor, or tuples and dicts of tensors, with the same number of rows everywhere. Where
     `torch.distributed` is initialised, every process is given the whole batch and takes its own rows of it, and
-    DistributedDataParallel averages the gradients: n processes train as one does.
+    DistributedDataParallel averages the gradients: n processes train as one does, where a loss is a mean
+    over rows; in a contrastive one a process tells its own rows apart.
 
     `history` is that of the last call of `fit`, also where an exception ended it.
 

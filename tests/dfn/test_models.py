@@ -139,6 +139,19 @@ def test_half_precision_weights():
     assert (got - exact).norm() < 2 * (full - exact).norm() < 0.1 * exact.norm()
 
 
+def test_generation_knows_no_dropout():
+    """Nor does it change which modules are in training."""
+    model = DFNLanguageModel(31, dim=16, layers=2, k=4, block_options={"dropout": 0.5, "attention_dropout": 0.9})
+    model.train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    ids = torch.randint(31, (1, 29))
+    found = Decoder(model)(ids)
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(Decoder(model)(ids), found)
+    assert torch.equal(Decoder(model.eval())(ids), found)
+
+
 def test_generation_is_deterministic_for_a_generator():
     model = small()
     ids = torch.randint(31, (2, 5))
