@@ -71,22 +71,22 @@ void backward_query(const GatherProblem& g, const Query<A, V>& query, int64_t tu
         edges[number] = {static_cast<uint32_t>(i), query.weight[s], query.weight[s] * along[s], query.gauss[s] * along[s]};
     }
   }
+  for (int64_t s = 0; s < count; ++s) along[s] *= query.weight[s];  // from here on the slopes
   if (g.grad_queries) {
     A* grad = static_cast<A*>(g.grad_queries) + i * g.D;
     const A* q = static_cast<const A*>(g.queries) + i * g.D;
     const A* positions = static_cast<const A*>(g.positions);
     for (int64_t a = 0; a < g.D; ++a) {
       A total = 0;
-      for (int64_t s = 0; s < count; ++s) {
-        const A slope = query.weight[s] * along[s];
-        if (slope != 0) total -= slope * (q[a] - positions[query.index[s] * g.D + a]);  // one too far may be infinitely so
-      }
+      for (int64_t s = 0; s < count; ++s)
+        if (along[s] != 0)  // one too far may be infinitely so
+          total -= along[s] * (q[a] - positions[query.index[s] * g.D + a]);
       grad[a] = total * precision;
     }
   }
   if (g.grad_sigma_rows) {
     A total = 0;
-    for (int64_t s = 0; s < count; ++s) total += query.weight[s] * along[s] * query.exponent[s];
+    for (int64_t s = 0; s < count; ++s) total += along[s] * query.exponent[s];
     static_cast<A*>(g.grad_sigma_rows)[i] = 2 * total / width;
   }
 }
