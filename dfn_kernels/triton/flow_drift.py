@@ -43,7 +43,7 @@ def forward_kernel(
     if HAS_BIAS:
         acc += tl.load(B + j, mask=outputs, other=0.0)[None, :]
     inside = rows[:, None] & outputs[None, :]
-    at = b * H * N * D + (h.to(tl.int64) * N)[None, :] * D + n[:, None] * D + (j % D)[None, :]
+    at = b * H * N * D + (j % D + h * (tl.cast(N, tl.int64) * D))[None, :] + n[:, None] * D
     alpha = tl.load(A + h, mask=outputs, other=0.0)
     tl.store(F + at, acc, mask=inside)
     tl.store(PN + at, tl.load(P + at, mask=inside, other=0.0) + alpha[None, :] * acc, mask=inside)

@@ -5,6 +5,7 @@ import torch
 from helpers import (
     DEVICE,
     DTYPES,
+    INTERPRETED,
     assert_accurate,
     backends,
     check_against_reference,
@@ -18,6 +19,7 @@ from helpers import (
 
 import dfn_kernels
 from dfn_kernels import Drift, FlowDriftFunction, flow_drift
+from dfn_kernels.flow_drift import _wide_backward as wide_backward
 from dfn_kernels.reference.flow_drift import flow_drift as reference
 
 BACKENDS = backends("flow_drift")
@@ -216,15 +218,60 @@ def test_compile(backend):
         check_compiled(layer, compiled, [i[n] for n in ("states", "positions", "weight", "alpha")], backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend):
-    inputs = make()
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+@pytest.mark.parametrize("D", [2, 23])  # 23: beyond WIDE
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast(backend, D, bias):
+    inputs = make(D=D, bias=bias)
     with dfn_kernels.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
         out = flow_drift(**inputs)
     assert all(x.dtype == torch.float32 for x in out)
     with dfn_kernels.use_backend(backend):
         want = flow_drift(**{**inputs, "states": inputs["states"].bfloat16()})
     assert all(same_bits(a, b) for a, b in zip(out, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [2, 23])  # 23: beyond WIDE
+def test_backward_inside_autocast(backend, D):
+    inputs = make(D=D, dtype=torch.bfloat16)
+    found = []
+    for enabled in (True, False):
+        copies = leaves(inputs)
+        with dfn_kernels.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            sum(x.square().sum() for x in flow_drift(**copies)).backward()
+        found.append([x.grad for x in copies.values()])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow  # gigabytes, of which a few pages are ever touched
+@pytest.mark.skipif(not INTERPRETED or DEVICE != "cpu", reason="wants memory that is not there until it is used")
+def test_heads_far_apart_in_triton(monkeypatch):
+    """The last of 32 heads lies beyond 2^31 elements; the first block of entities in each kernel."""
+    from dfn_kernels.triton import flow_drift as op
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    H, N, n, d, real = 32, 70_000_000, 64, 5, torch.float32
+    states, weight, alpha = torch.randn(n, d), torch.randn(H, 1, d), torch.randn(H)
+    positions, flow, energy = (torch.empty(H, N) for _ in range(3))
+    start = torch.randn(H, n)
+    positions[:, :n] = start
+    op.forward_kernel[(1,)](
+        states, positions, weight, alpha, alpha, positions, flow, energy, H, N, 1, d, 0, d,
+        HAS_BIAS=False, **op.forward_tile(H, real, real),
+    )  # fmt: skip
+    want = reference(states[None], start.view(1, H, n, 1), weight, None, alpha)
+    for ours, theirs in zip((positions, flow, energy), want, strict=True):
+        torch.testing.assert_close(ours[:, :n], theirs.view(H, n))
+
+    grad_states, sums = torch.empty(n, d), torch.empty(H * (d + 2))
+    op.backward_kernel[(1,)](
+        positions, positions, energy, states, weight, alpha, flow, grad_states, sums,
+        H, N, 1, d, 0, d, n, 1, 1, len(sums), **op.backward_tile(H, d, real, real),
+    )  # fmt: skip
+    grads = wide_backward(*(want[at].clone() for at in (0, 0, 2)), states[None], weight, alpha, want[1])
+    for ours, theirs in ((grad_states, grads[0][0]), (sums, torch.cat([x.flatten() for x in grads[1:]]))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)  # sums of both signs, of terms up to 1,000
 
 
 def test_dtypes():

@@ -1,13 +1,16 @@
 """What the op takes (broadcast weights, strides, no elements, what is not a number) and what it refuses."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import DEVICE, backends, same_bits
+from helpers import DEVICE, INTERPRETED, backends, same_bits
 from helpers import check_against_reference as check
 from test_pattern_route import make
 
 import dfn_kernels
-from dfn_kernels import pattern_route
+from dfn_kernels import BlockDensity, pattern_route
 
 BACKENDS = backends("pattern_route")
 CPU_ONLY = pytest.mark.skipif(DEVICE != "cpu", reason="the checks are the same on every device")
@@ -81,6 +84,71 @@ def test_not_a_number_stays_in_its_row(backend):
     bad = [3, 5, 7]
     assert not y[bad].isfinite().any()
     assert y[[t for t in range(23) if t not in bad]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS + ["reference"])
+def test_what_is_infinite_in_a_dropped_block_does_not_count(backend):
+    """Neither an infinite pattern there nor, in the backward pass, infinite gradients of it."""
+    patterns = torch.rand(1, 128, 128, device=DEVICE) + 1
+    patterns[:, :, :64] /= 100
+    sparse = BlockDensity(patterns, 0.5)
+    x, weights = torch.rand(2, 128, device=DEVICE), torch.ones(2, 1, device=DEVICE)
+    results = []
+    for extreme in (False, True):
+        if extreme:
+            patterns[0, 0, 0] = float("inf")
+            x[0, 3] = float("inf")
+        leaf = patterns.clone().requires_grad_()
+        with dfn_kernels.use_backend(backend):
+            y = sparse(x, weights, leaf)[1]
+        results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    assert sparse.blocks.tolist() == [[[False, True]]]
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="asks Triton's launcher")
+@pytest.mark.parametrize("switch, on, off", [("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")])
+def test_switches_of_tf32(switch, on, off):
+    """PyTorch 2.9 has a new one; once it was set, reading the old one may raise an error."""
+    if switch == "fp32_precision" and not hasattr(torch.backends.cuda.matmul, switch):
+        pytest.skip("this PyTorch has only the old switch")
+    done = subprocess.run([sys.executable, "-c", SWITCHES, switch, repr(on), repr(off)], capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "ieee"], done.stdout + done.stderr
+
+
+# A process of its own: PyTorch remembers which of the two switches was set.
+SWITCHES = """
+import sys, torch
+from dfn_kernels.triton.pattern_route import _precision
+switch, *values = sys.argv[1], *map(eval, sys.argv[2:])
+print(_precision(torch.float32))
+for value in values:
+    setattr(torch.backends.cuda.matmul, switch, value)
+    print(_precision(torch.float32))
+print(_precision(torch.bfloat16))
+"""
+
+
+@pytest.mark.slow  # gigabytes, of which a page a row is ever touched
+@pytest.mark.skipif(not INTERPRETED or DEVICE != "cpu", reason="wants memory that is not there until it is used")
+@pytest.mark.parametrize("far", ["x", "grad"])
+def test_rows_far_apart_in_triton(far, monkeypatch):
+    """As hidden[:, -1] of a large tensor: 32 rows, a tile of float32, reach beyond 2^31 elements."""
+    from dfn_kernels.triton import pattern_route as launcher
+
+    T, stride = 32, 70_000_000
+    inputs = make(T=T, P=2, O=7, I=5, bias=False)
+    x, weights, patterns = inputs.values()
+    grad = torch.randn(T, 7)
+    want = launcher.pattern_route(x, weights, patterns, None, None, False)
+    grads = launcher.pattern_route_backward(grad, x, weights, patterns, None, True, True, False)
+    near = x if far == "x" else grad
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    spread = torch.empty(T * stride).as_strided(near.shape, (stride, 1)).copy_(near)
+    x, grad = (spread, grad) if far == "x" else (x, spread)
+    assert same_bits(launcher.pattern_route(x, weights, patterns, None, None, False), want)
+    ours = launcher.pattern_route_backward(grad, x, weights, patterns, None, True, True, False)
+    assert all(same_bits(a, b) for a, b in zip(ours, grads, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

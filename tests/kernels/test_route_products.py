@@ -329,6 +329,10 @@ def test_rule():
     assert not by_products(1024, 8, 512, 10_000, backward=False)
     assert by_products(1024, 8, 512, 10_000, backward=True)
     assert by_products(8, 8, 512, 10_000, backward=True)  # a tile has 256 tokens
+    # The sums of 8 tokens fill the scratch memory, and each of 512 pieces would read 8.6 GB of patterns again.
+    for backward in (False, True):
+        assert not by_products(4096, 256, 4096, 4096, backward)
+        assert by_products(8, 256, 4096, 4096, backward)  # one piece
     assert launcher.grouping_pays(65536, 16, 768, 768, 2, torch.bfloat16)
     assert not launcher.grouping_pays(1024, 8, 512, 512, 2, torch.bfloat16)
 
