@@ -148,7 +148,7 @@ def gather_kernel(
         for u in tl.static_range(U):
             at = m * k + tl.minimum(start + u, k - 1)
             j = tl.load(I + at)
-            weight = tl.where(start + u < k, tl.load(EW + at), 0.0)  # infinite, it would not vanish against zeros
+            weight = tl.load(EW + at)
             there = (j >= 0) & (j < N) & (start + u < k)
             value = _rows(V, j, sVn, there, ZEROS, x, channels)
             acc += weight[:, None] * value.to(acc.dtype)

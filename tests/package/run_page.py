@@ -89,15 +89,15 @@ def same(said: str, printed: str) -> bool:
 
 def main(path: Path, run_commands: bool) -> None:
     """Raises AssertionError with all that is not as the page says."""
-    from dfn.runs import bits
-
-    bits.judged.__defaults__ = (2**12, 4)  # so many bytes judge a run of two steps well enough
     page = Page(path, run_commands)
     page.run()
     assert not page.wrong, "\n".join(page.wrong)
 
 
 if __name__ == "__main__":
+    from dfn.runs import bits
+
+    bits.judged.__defaults__ = (2**12, 4)  # so many bytes judge a run of two steps well enough
     try:
         main(Path(sys.argv[1]), "commands" in sys.argv[2:])
     except AssertionError as error:
