@@ -286,14 +286,20 @@ def test_gather_from_more_than_2_31_values():
     assert [row.unique().tolist() for row in out] == [[8.0], [0.0], [3.0]]
 
 
+def more_than_2_31() -> torch.Tensor:
+    """As many values, float16 ``[N, d]``: 2, and 6 in the last row."""
+    d = 2**15
+    x = torch.full((2**31 // d + 3, d), 2.0, dtype=torch.float16, device=DEVICE)
+    x[-1] = 6.0
+    return x
+
+
 @natively
 @pytest.mark.slow
 def test_norm_and_drift_of_more_than_2_31_states():
     needs_memory(14)
-    d = 2**15
-    N = 2**31 // d + 3
-    states = torch.full((N, d), 2.0, dtype=torch.float16, device=DEVICE)
-    states[-1] = 6.0
+    states = more_than_2_31()
+    N, d = states.shape
     energy = torch.full((N,), 4.0, device=DEVICE)
     out = dk.flow_norm(states, energy, eps=0.0, mode="entity")
     assert out[-1].eq(3.0).all() and out[:-1:97].eq(1.0).all() and math.prod(out.shape) > 2**31
@@ -306,10 +312,8 @@ def test_norm_and_drift_of_more_than_2_31_states():
 @pytest.mark.slow
 def test_convolution_of_more_than_2_31_values():
     needs_memory(18)
-    d = 2**15
-    N = 2**31 // d + 3
-    x = torch.full((N, d), 2.0, dtype=torch.float16, device=DEVICE)
-    x[-1] = 6.0
+    x = more_than_2_31()
+    N, d = x.shape
     weight = torch.tensor([[1.0], [0.5]], device=DEVICE).expand(2, d).contiguous().requires_grad_()
     out = dk.short_convolution(x, weight)
     assert out[-1].eq(7.0).all() and out[1:-1:97].eq(3.0).all() and math.prod(out.shape) > 2**31
